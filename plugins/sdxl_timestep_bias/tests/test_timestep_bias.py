@@ -1,0 +1,277 @@
+"""Timestep bias: where the draws go, that it stays exact under any distribution, and its notes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sdxl_host import DiscreteDistribution, Distribution, Noise, Schedule, hookimpl
+from sdxl_host.errors import ConfigError
+from sdxl_host.hooks import Hooks, Plugin
+from sdxl_host.options import build_options
+from sdxl_host.plugins import Installed
+
+from sdxl_timestep_bias import Options, TimestepBias
+
+SCHEDULE = Schedule.scaled_linear()
+UNIFORM = DiscreteDistribution(SCHEDULE)
+U = (np.arange(20000) + 0.5) / 20000
+GUIDE = {"multiplier": 2, "strategy": "range", "begin": 200, "end": 500, "portion": 0.25}
+MODEL: Any = SimpleNamespace(schedule=SCHEDULE)
+
+
+class LogNormal(Distribution):
+    """ln sigma ~ N(-1.2, 1.2^2), what EDM draws from."""
+
+    schedule = SCHEDULE
+    _normal = NormalDist(-1.2, 1.2)
+
+    def quantile(self, u: np.ndarray) -> np.ndarray:
+        return np.exp(np.vectorize(self._normal.inv_cdf)(u))
+
+    def cdf(self, sigma: np.ndarray) -> np.ndarray:
+        return np.vectorize(self._normal.cdf)(np.log(sigma))
+
+
+class Defaults:
+    """Stands in for the host's own answers."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        self.distribution = distribution
+
+    @hookimpl
+    def sample_timesteps(self) -> Distribution:
+        return self.distribution
+
+    @hookimpl
+    def weight_loss(self, noise: Noise) -> np.ndarray:
+        return np.sqrt(noise.snr)
+
+
+def run(options: Options, distribution: Distribution = UNIFORM) -> Hooks:
+    installed = Installed(
+        "timestep_bias", "sdxl-timestep-bias", "0.1.0", None, "sdxl_timestep_bias", "TimestepBias"
+    )
+    return Hooks(Defaults(distribution), [Plugin(installed, options, TimestepBias(options))])
+
+
+def biased(options: Options, distribution: Distribution = UNIFORM) -> Distribution:
+    return run(options, distribution).sample_timesteps(model=None, step=1)
+
+
+def share(distribution: Distribution, first: int, end: int) -> float:
+    """Share of the draws whose nearest timestep lies in [first, end)."""
+    timestep = SCHEDULE.nearest(distribution.quantile(U))
+    return float(np.mean((first <= timestep) & (timestep < end)))
+
+
+# ---- where the draws go
+
+
+def test_later_means_noisier_and_draws_forty_percent_from_the_last_quarter() -> None:
+    later = biased(Options(strategy="later", multiplier=2.0, portion=0.25))
+    assert 1 - later.cdf(SCHEDULE.sigmas[749]) == pytest.approx(0.4, abs=1e-12)
+    assert share(later, 750, 1000) == pytest.approx(0.4, abs=1e-4)
+    assert later.expect(np.log) > UNIFORM.expect(np.log)
+
+
+def test_earlier_is_its_mirror_image() -> None:
+    earlier = biased(Options(strategy="earlier", multiplier=2.0, portion=0.25))
+    assert earlier.cdf(SCHEDULE.sigmas[249]) == pytest.approx(0.4, abs=1e-12)
+    assert share(earlier, 0, 250) == pytest.approx(0.4, abs=1e-4)
+
+
+def test_the_guide_s_own_command_draws_46_percent_from_its_range() -> None:
+    options = build_options(Options, GUIDE, "plugins.timestep_bias")
+    within = biased(options)
+    expected = 600 / 1300
+    assert expected == pytest.approx(0.462, abs=5e-4)
+    mass = within.cdf(SCHEDULE.sigmas[499]) - within.cdf(SCHEDULE.sigmas[199])
+    assert mass == pytest.approx(expected, abs=1e-12)
+    assert share(within, 200, 500) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_range_holds_its_begin_and_not_its_end() -> None:
+    weights = TimestepBias(Options(strategy="range", multiplier=3.0, begin=2, end=5)).weights(8)
+    assert weights.tolist() == [1, 1, 3, 3, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [("earlier", [3, 3, 1, 1, 1, 1, 1, 1]), ("later", [1, 1, 1, 1, 1, 1, 3, 3])],
+)
+def test_a_portion_is_cut_to_whole_timesteps(strategy: Any, expected: list[float]) -> None:
+    # 0.3 * 8 = 2.4 timesteps.
+    options = Options(strategy=strategy, multiplier=3.0, portion=0.3)
+    assert TimestepBias(options).weights(8).tolist() == expected
+
+
+def test_a_continuous_distribution_is_biased_at_the_nearest_timestep() -> None:
+    source = LogNormal()
+    later = biased(Options(strategy="later", multiplier=2.0, portion=0.25), source)
+    edge = SCHEDULE.edges[750]
+    before = 1 - source.cdf(edge)
+    assert 1 - later.cdf(edge) == pytest.approx(2 * before / (1 + before), rel=1e-9)
+    assert 1 - later.cdf(edge) == pytest.approx(0.0293, abs=5e-5)
+    np.testing.assert_allclose(later.cdf(later.quantile(U[::50])), U[::50], atol=1e-10)
+
+
+def test_a_multiplier_below_one_draws_them_less_often() -> None:
+    rarer = biased(Options(strategy="later", multiplier=0.5, portion=0.25))
+    assert 1 - rarer.cdf(SCHEDULE.sigmas[749]) == pytest.approx(0.125 / 0.875, abs=1e-12)
+
+
+def test_the_number_of_timesteps_is_the_schedule_s() -> None:
+    schedule = Schedule.scaled_linear(num_timesteps=40)
+    later = biased(Options(strategy="later", multiplier=2.0), DiscreteDistribution(schedule))
+    assert 1 - later.cdf(schedule.sigmas[29]) == pytest.approx(0.4, abs=1e-12)
+
+
+# ---- one object while nothing changes
+
+
+def test_it_returns_one_object_as_long_as_it_is_given_one() -> None:
+    hooks = run(Options(strategy="later", multiplier=2.0))
+    first = hooks.sample_timesteps(model=None, step=1)
+    assert hooks.sample_timesteps(model=None, step=2) is first
+
+
+def test_it_follows_a_source_that_changes() -> None:
+    defaults = Defaults(UNIFORM)
+    options = Options(strategy="later", multiplier=2.0)
+    installed = Installed("timestep_bias", "sdxl-timestep-bias", "0.1.0", None, "", "")
+    hooks = Hooks(defaults, [Plugin(installed, options, TimestepBias(options))])
+    first = hooks.sample_timesteps(model=None, step=1)
+    defaults.distribution = DiscreteDistribution(SCHEDULE, np.arange(1.0, 1001.0))
+    second = hooks.sample_timesteps(model=None, step=2)
+    assert second is not first
+    assert second.expect(np.log) > first.expect(np.log)
+
+
+# ---- importance correction
+
+
+@pytest.mark.parametrize("source", [UNIFORM, LogNormal()], ids=["discrete", "continuous"])
+def test_importance_correction_keeps_the_mean_of_the_loss(source: Distribution) -> None:
+    """E_q[f / (q/p)] = E_p[f], for any loss f of sigma."""
+    options = Options(
+        strategy="range", multiplier=4.0, begin=200, end=500, importance_correction=True
+    )
+    hooks = run(options, source)
+    q = hooks.sample_timesteps(model=None, step=1)
+
+    def loss(sigma: np.ndarray) -> np.ndarray:
+        return 1 / (1 + sigma**2)
+
+    def weighed(sigma: np.ndarray) -> np.ndarray:
+        noise = Noise.at(sigma, SCHEDULE, q)
+        # The default's own weight is divided out, to leave the correction alone.
+        return hooks.weight_loss(model=None, noise=noise, step=1) * sigma * loss(sigma)
+
+    assert q.expect(weighed) == pytest.approx(source.expect(loss), rel=1e-9)
+    assert q.expect(loss) != pytest.approx(source.expect(loss), rel=1e-2)
+
+
+def test_importance_correction_divides_by_the_change_of_density() -> None:
+    options = Options(strategy="later", multiplier=2.0, importance_correction=True)
+    hooks = run(options)
+    q = hooks.sample_timesteps(model=None, step=1)
+    noise = Noise.at(SCHEDULE.sigmas[[10, 900]], SCHEDULE, q)
+    plain = Defaults(UNIFORM).weight_loss(noise)
+    corrected = hooks.weight_loss(model=None, noise=noise, step=1)
+    np.testing.assert_allclose(corrected / plain, [1.25, 0.625], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(strategy="later", multiplier=2.0),
+        Options(strategy="later", multiplier=1.0, importance_correction=True),
+    ],
+    ids=["off", "idle"],
+)
+def test_without_it_the_weight_passes_unchanged(options: Options) -> None:
+    hooks = run(options)
+    # Someone else's reweighting is not this plugin's to correct.
+    other = UNIFORM.reweighted(np.linspace(1, 2, 1000))
+    noise = Noise.at(SCHEDULE.sigmas[::100], SCHEDULE, other)
+    plain = Defaults(UNIFORM).weight_loss(noise)
+    assert np.array_equal(hooks.weight_loss(model=None, noise=noise, step=1), plain)
+
+
+# ---- options
+
+
+IDLE = {
+    "strategy is none": Options(multiplier=2.0),
+    "multiplier is 1": Options(strategy="later"),
+    "favours 1000 of 1000": Options(strategy="range", multiplier=2.0),
+    "favours 0 of 1000": Options(strategy="later", multiplier=2.0, portion=0.0005),
+}
+
+
+@pytest.mark.parametrize(("reason", "options"), IDLE.items(), ids=list(IDLE))
+def test_options_that_do_nothing_say_so_and_do_nothing(reason: str, options: Options) -> None:
+    (line,) = run(options).notes(MODEL)
+    assert line.startswith("timestep_bias: does nothing: ")
+    assert reason in line
+    assert biased(options) is UNIFORM
+
+
+def test_options_that_others_make_idle_are_named() -> None:
+    guide = build_options(Options, GUIDE, "plugins.timestep_bias")
+    assert run(guide).notes(MODEL) == [
+        "timestep_bias: portion 0.25 has no effect with strategy range"
+    ]
+    later = Options(strategy="later", multiplier=2.0, begin=200, end=500)
+    assert run(later).notes(MODEL) == [
+        "timestep_bias: begin 200 has no effect with strategy later",
+        "timestep_bias: end 500 has no effect with strategy later",
+    ]
+    assert run(Options(strategy="earlier", multiplier=2.0)).notes(MODEL) == []
+
+
+@pytest.mark.parametrize(("begin", "end"), [(500, 200), (200, 200), (-1, 200), (200, 1001)])
+def test_a_range_that_is_none_is_refused(begin: int, end: int) -> None:
+    values = {**GUIDE, "begin": begin, "end": end}
+    with pytest.raises(ConfigError, match=rf"plugins\.timestep_bias.*begin {begin} and end {end}"):
+        build_options(Options, values, "plugins.timestep_bias")
+    # With another strategy it is idle, and idle options are named, not refused.
+    build_options(Options, {**values, "strategy": "later"}, "plugins.timestep_bias")
+
+
+def test_a_range_may_be_all_timesteps_or_one() -> None:
+    for begin, end in ((0, 1000), (999, 1000), (0, 1)):
+        build_options(Options, {**GUIDE, "begin": begin, "end": end}, "plugins.timestep_bias")
+
+
+def test_values_out_of_range_are_refused() -> None:
+    assert build_options(Options, {}, "plugins.timestep_bias") == Options()
+    assert build_options(Options, {"portion": 1.0}, "plugins.timestep_bias").portion == 1.0
+    bad_values = [
+        ("multiplier", 0),
+        ("multiplier", -2.0),
+        ("portion", 0.0),
+        ("portion", 1.01),
+        ("strategy", "sooner"),
+        ("begin", 1.5),
+        ("importance_correction", 1),
+    ]
+    for key, bad in bad_values:
+        with pytest.raises(ConfigError, match=rf"plugins\.timestep_bias\.{key}"):
+            build_options(Options, {key: bad}, "plugins.timestep_bias")
+
+
+def test_importing_it_is_light() -> None:
+    code = "import sys, sdxl_timestep_bias; print(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert not {"mindspore", "torch", "transformers", "scipy", "PIL"} & set(done.stdout.split())

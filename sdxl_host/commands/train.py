@@ -1,0 +1,58 @@
+"""`sdxl-host train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdxl_host.config import RunConfig, load
+from sdxl_host.options import describe
+from sdxl_host.settings import FLAG_HOMES, NOT_YET, DataSettings, TrainSettings
+
+__all__ = ["train"]
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Trains as the arguments say; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(_help())
+        return 0
+    run(load(arguments))
+    return 0
+
+
+def run(config: RunConfig) -> None:
+    """Trains as `config` says, saying on standard output what is done."""
+    from sdxl_host.device import prepare_device
+
+    prepare_device(config.train.device_target)
+    from sdxl_host.training.trainer import Trainer
+
+    Trainer(config, say=lambda line: print(line, flush=True)).run()
+
+
+def _help() -> str:
+    from sdxl_host.plugins import discover
+
+    rows = {row["name"]: row for row in describe(DataSettings) + describe(TrainSettings)}
+    flags = [("config", "FILE", "a YAML file, yours or a packaged one"),
+             ("plugins", "A,B", "plugins of this run, in order; none for no plugin"),
+             ("data_path", "FOLDER", "captioned pictures to learn from")]  # fmt: skip
+    for name in [
+        *(n for n in FLAG_HOMES if n != "data_path"),
+        *(r["name"] for r in describe(TrainSettings)),
+    ]:
+        row = rows[name]
+        flags.append((name, row["type"], f"{row['help']} [{row['default']}]"))
+    names = ", ".join(sorted({plugin.name for plugin in discover()})) or "none"
+    lines = [
+        "usage: sdxl-host train [--flag VALUE ...] [section.key=value ...]",
+        "",
+        "With no --config, trains a small model on pictures that the package carries.",
+        "",
+        *(f"  --{name:<22}{kind:<14}{text}" for name, kind, text in flags),
+        "",
+        f"Plugins installed: {names}. An option of a plugin is a flag too, --snr_gamma 5.0, and",
+        "selects it; sdxl-host plugins --check lists them.",
+        f"Not part of this version, and refused: {', '.join('--' + name for name in NOT_YET)}.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Captioned pictures: from a folder to the arrays that a training step takes."""

@@ -1,0 +1,131 @@
+"""Pictures with captions, by index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sdxl_host.data.captions import Captioned, read_folder
+from sdxl_host.data.transforms import Transform
+from sdxl_host.errors import DataError, did_you_mean
+from sdxl_host.targets import build
+
+__all__ = ["DEMO_PICTURES", "Sample", "Text2ImageDataset"]
+
+DEMO_PICTURES = Path(__file__).parent / "demo"
+
+# Up to this many pictures are decoded once before a run starts; of more, only the headers are read.
+_DECODED_AT_START = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as a step takes it.
+
+    name: its id. caption: its text. pixels: (3, target, target) float32 in [-1, 1].
+    sizes: (height, width) or (top, left) pairs by embedder key.
+    """
+
+    name: str
+    caption: str
+    pixels: np.ndarray
+    sizes: dict[str, tuple[int, int]]
+
+
+class Text2ImageDataset:
+    """A folder of captioned pictures (see `captions.read_folder`).
+
+    Args:
+        target_size: side of the square that the network sees, in pixels.
+        transforms: nodes of `transforms`, applied in order.
+        data_path: the folder; empty for the pictures that the package carries.
+        only: names of the pictures to take from the folder; none given, all of them.
+    """
+
+    def __init__(
+        self,
+        target_size: int,
+        transforms: Sequence[Mapping[str, Any]],
+        data_path: str = "",
+        only: Sequence[str] | None = None,
+    ) -> None:
+        if target_size < 1:
+            raise ValueError(
+                f"Text2ImageDataset: target_size must be at least 1, not {target_size}"
+            )
+        self.is_demo = not data_path
+        self.target_size = target_size
+        self.pictures = read_folder(Path(data_path).expanduser() if data_path else DEMO_PICTURES)
+        if only is not None:
+            by_name = {picture.name: picture for picture in self.pictures}
+            for name in only:
+                if name not in by_name:
+                    raise DataError(
+                        f"data.dataset_config.params.only: there is no picture {name}"
+                        f"{did_you_mean(name, by_name)} in {data_path or 'the carried pictures'}"
+                    )
+            self.pictures = [by_name[name] for name in only]
+        where = "data.dataset_config.params.transforms"
+        self._transforms: list[Transform] = [
+            build(node, "transform", f"{where}[{index}]") for index, node in enumerate(transforms)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def check(self, threads: Executor) -> None:
+        """Opens every picture. Raises DataError naming the first that can't be read."""
+        decode = len(self) <= _DECODED_AT_START
+        opened = threads.map(lambda picture: _open(picture, decode).size, self.pictures)
+        self._heights_and_widths = [(height, width) for width, height in opened]
+
+    def typical_size(self) -> tuple[int, int]:
+        """Median (height, width) of the pictures as they were before resizing, after `check`."""
+        height, width = np.median(self._heights_and_widths, axis=0).astype(int)
+        return int(height), int(width)
+
+    def sample(self, index: int, generator: np.random.Generator) -> Sample:
+        """Picture `index`; its random crop is drawn from `generator`."""
+        picture = self.pictures[index]
+        image = _open(picture, decode=True)
+        target = (self.target_size, self.target_size)
+        sample: dict[str, Any] = {
+            "image": np.asarray(image),
+            "original_size_as_tuple": (image.height, image.width),
+            "crop_coords_top_left": (0, 0),
+            "target_size_as_tuple": target,
+        }
+        for transform in self._transforms:
+            sample = transform(sample, generator)
+        pixels = sample.pop("image")
+        if pixels.shape != (3, *target) or pixels.dtype != np.float32:
+            raise DataError(
+                f"data.dataset_config.params.transforms: they make {pixels.dtype} "
+                f"{pixels.shape} of {picture.name}, not float32 {(3, *target)}; resize and crop "
+                "to target_size, rescale and transpose"
+            )
+        return Sample(picture.name, picture.caption, pixels, sample)
+
+
+def _open(picture: Captioned, decode: bool) -> Image.Image:
+    """The picture, rotated as its EXIF says and in RGB; transparency lies on white."""
+    try:
+        with Image.open(picture.file) as image:
+            if not decode:
+                return image
+            upright = ImageOps.exif_transpose(image)
+            if "A" in upright.getbands() or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{picture.file}: can't be read as a picture ({error}); replace or remove it"
+        ) from error

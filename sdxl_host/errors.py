@@ -1,0 +1,30 @@
+"""The errors a user can mend. The command line prints them as one line and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ConfigError", "DataError", "HostError", "PluginError", "did_you_mean"]
+
+
+class HostError(Exception):
+    """Something the user can mend: the message names the subject first and the remedy last."""
+
+
+class ConfigError(HostError):
+    """A config key, flag or value that cannot be used."""
+
+
+class DataError(HostError):
+    """A picture, caption, weight or checkpoint file that cannot be used."""
+
+
+class PluginError(HostError):
+    """A plugin that is missing, broken, in conflict or at fault; plugins may raise it too."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """' (did you mean X?)' for the candidate nearest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,449 @@
+"""Plugins at work: what may be registered, and each hook's call with its result checked.
+
+Composition is pluggy's own (see `hookspecs`). Beside it stands a guard after each link of a chain:
+it attributes an error, or a wrong result, to the plugin it came from.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from sdxl_host import hookspecs
+from sdxl_host.errors import HostError, PluginError, did_you_mean
+from sdxl_host.hookspecs import HOOKS, PROJECT, hookimpl
+from sdxl_host.plugins import Installed
+
+__all__ = ["Hooks", "Implementation", "Plugin", "implementations"]
+
+_CLAIMABLE = tuple(hook for hook in HOOKS if hook != "on_step_end")
+_REFUSED_OPTIONS = {
+    "tryfirst": "the order is that of --plugins",
+    "trylast": "the order is that of --plugins",
+    "optionalhook": "a misspelt hook must be an error",
+    "specname": "a method must have the hook's own name",
+    "hookwrapper": "use wrapper=True, which returns its result",
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One hook of a plugin, and what it does there: claims, adapts or observes."""
+
+    hook: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A selected plugin: its package, its options (or None) and the object with its hooks."""
+
+    installed: Installed
+    options: Any
+    instance: Any
+
+    @property
+    def name(self) -> str:
+        return self.installed.name
+
+
+class _Attributed(PluginError):
+    """Already says which plugin it came from."""
+
+
+def implementations(plugin: Installed, cls: type) -> list[Implementation]:
+    """The hooks of the class `cls`, in the order of `HOOKS`. Raises PluginError for what the
+    contract refuses: see `docs/hooks.md`."""
+    found: dict[str, Implementation] = {}
+    for name in dir(cls):
+        method = inspect.getattr_static(cls, name)
+        function = getattr(method, "__func__", method)
+        marked: dict[str, Any] | None = getattr(function, f"{PROJECT}_impl", None)
+        if marked is None:
+            if name in HOOKS and callable(function):
+                raise PluginError(
+                    f"plugin {plugin}: {name} has a hook's name but is not marked; "
+                    "put @hookimpl above it"
+                )
+            continue
+        _check_marked(plugin, name, function, marked)
+        role = "adapts" if marked["wrapper"] else "claims"
+        found[name] = Implementation(name, "observes" if name == "on_step_end" else role)
+    if not found:
+        raise PluginError(
+            f"plugin {plugin} implements no hook; mark at least one of {', '.join(HOOKS)} "
+            "with @hookimpl"
+        )
+    for one, other in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
+        if hasattr(cls, one) and not hasattr(cls, other):
+            raise PluginError(f"plugin {plugin} has {one} but no {other}; it needs both or neither")
+    return [found[hook] for hook in HOOKS if hook in found]
+
+
+def _check_marked(plugin: Installed, name: str, function: Any, marked: dict[str, Any]) -> None:
+    for option, remedy in _REFUSED_OPTIONS.items():
+        if marked.get(option):
+            raise PluginError(
+                f"plugin {plugin}: {name} uses @hookimpl({option}=...), which is refused; {remedy}"
+            )
+    if name not in HOOKS:
+        raise PluginError(
+            f"plugin {plugin}: there is no hook named {name}{did_you_mean(name, HOOKS)} "
+            f"(hooks: {', '.join(HOOKS)})"
+        )
+    specified = inspect.signature(getattr(hookspecs, name)).parameters
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.default is not inspect.Parameter.empty:
+            raise PluginError(
+                f"plugin {plugin}: {name} gives the parameter {parameter.name} a default, so it "
+                "would never be passed; remove the default"
+            )
+        if parameter.name not in specified:
+            raise PluginError(
+                f"plugin {plugin}: {name} has no argument {parameter.name}"
+                f"{did_you_mean(parameter.name, specified)} (arguments: {', '.join(specified)})"
+            )
+    generator = inspect.isgeneratorfunction(function)
+    if name == "on_step_end" and (marked["wrapper"] or generator):
+        raise PluginError(f"plugin {plugin}: on_step_end observes; it can't be a wrapper")
+    if marked["wrapper"] and not generator:
+        raise PluginError(
+            f"plugin {plugin}: {name} is a wrapper without `result = yield`; add it, or remove "
+            "wrapper=True"
+        )
+    if generator and not marked["wrapper"]:
+        raise PluginError(
+            f"plugin {plugin}: {name} has a yield but is no wrapper; use @hookimpl(wrapper=True)"
+        )
+    if marked["wrapper"] and not _returns_something(function):
+        raise PluginError(
+            f"plugin {plugin}: {name} is a wrapper that returns nothing; end it with "
+            "`return result`"
+        )
+
+
+def _returns_something(function: Any) -> bool:
+    """Whether any return statement of the function gives a value other than a bare None."""
+    previous: dis.Instruction | None = None
+    for instruction in dis.get_instructions(function):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
+            return True
+        bare = previous is not None and previous.opname == "LOAD_CONST" and previous.argval is None
+        if instruction.opname == "RETURN_VALUE" and not bare:
+            return True
+        previous = instruction
+    return False
+
+
+class Hooks:
+    """The five hooks of a run, called with the host's defaults and the selected plugins.
+
+    defaults: the host's own plugin. plugins: the selected ones, in order. observers: the host's
+    own observers of `on_step_end`, called after the plugins'.
+    Raises PluginError when two plugins claim one hook or a plugin breaks the contract.
+    """
+
+    def __init__(
+        self, defaults: Any, plugins: Sequence[Plugin] = (), observers: Sequence[Any] = ()
+    ) -> None:
+        self.plugins = tuple(plugins)
+        self._observers = tuple(observers)
+        self._roles = {p.name: implementations(p.installed, type(p.instance)) for p in plugins}
+        self._claims = self._find_claims()
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._manager.register(defaults, name="host")
+        self._manager.register(self._guard(None, _CLAIMABLE))
+        for plugin in plugins:
+            try:
+                self._manager.register(plugin.instance, name=plugin.name)
+            except (pluggy.PluginValidationError, ValueError) as error:
+                raise PluginError(f"plugin {plugin.installed}: {error}") from error
+            adapted = [i.hook for i in self._roles[plugin.name] if i.role == "adapts"]
+            if adapted:
+                self._manager.register(self._guard(plugin, adapted))
+        self._manager.check_pending()
+        self._callers = {hook: self._caller(hook, defaults) for hook in _CLAIMABLE}
+        self._preconditioning_owner: str | None = None
+        self._preconditioning: Any = None
+        self._own_errors: list[Exception] = []  # the host's, which no wrapper around it caused
+
+    # ---- the hooks
+
+    def build_model(self, config: Any) -> Any:
+        """The `DiffusionModel` of this run."""
+        self._preconditioning_owner = self._preconditioning = None
+        return self._callers["build_model"](config=config)
+
+    def sample_timesteps(self, model: Any, step: int) -> Any:
+        """The `Distribution` of noise levels at this step."""
+        return self._callers["sample_timesteps"](model=model, step=step)
+
+    def weight_loss(self, model: Any, noise: Any, step: int) -> Any:
+        """lambda on |D - z|^2, float64 (G,)."""
+        return self._callers["weight_loss"](model=model, noise=noise, step=step)
+
+    def encode_prompt(self, prompts: Sequence[str], encoders: Any) -> Any:
+        """The `PromptEmbedding` of the prompts."""
+        return self._callers["encode_prompt"](prompts=list(prompts), encoders=encoders)
+
+    def on_step_end(self, trainer: Any, result: Any) -> None:
+        """Calls the plugins' observers in the order of --plugins, then the host's own."""
+        arguments = {"trainer": trainer, "result": result}
+        # One by one, because pluggy would call the last registered first.
+        for implementation in self._manager.hook.on_step_end.get_hookimpls():
+            wanted = {name: arguments[name] for name in implementation.argnames}
+            try:
+                implementation.function(**wanted)
+            except Exception as error:
+                self._blame(implementation.plugin_name, "on_step_end", error)
+                raise
+        for observer in self._observers:
+            observer.on_step_end(trainer=trainer, result=result)
+
+    def observe(self, observers: Sequence[Any]) -> None:
+        """Sets the host's own observers of `on_step_end`."""
+        self._observers = tuple(observers)
+
+    # ---- what is known of them
+
+    def chain(self, hook: str) -> str:
+        """Who answers a hook, in order: `edm -> timestep_bias`."""
+        links = [self._claims.get(hook, "host")]
+        for name, roles in self._roles.items():
+            links += [name for role in roles if role == Implementation(hook, "adapts")]
+        return " -> ".join(links)
+
+    def describe(self) -> list[str]:
+        """One line a plugin: its package and what it does to which hook."""
+        lines = []
+        for plugin in self.plugins:
+            does = ", ".join(f"{i.role} {i.hook}" for i in self._roles[plugin.name])
+            lines.append(f"{plugin.installed}: {does}")
+        return lines
+
+    def notes(self, model: Any) -> list[str]:
+        """What the plugins have to say of their options at the start of a run (`notes(model)`)."""
+        lines = []
+        for plugin in self.plugins:
+            if hasattr(plugin.instance, "notes"):
+                lines += [f"{plugin.name}: {line}" for line in plugin.instance.notes(model)]
+        return lines
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The state of every plugin that keeps one, by name."""
+        stateful = [p for p in self.plugins if hasattr(p.instance, "state_dict")]
+        return {plugin.name: plugin.instance.state_dict() for plugin in stateful}
+
+    def load_state_dict(self, states: dict[str, dict[str, Any]]) -> None:
+        """Gives each plugin back what its `state_dict` returned."""
+        for plugin in self.plugins:
+            if hasattr(plugin.instance, "load_state_dict"):
+                if plugin.name not in states:
+                    raise PluginError(
+                        f"plugin {plugin.installed}: the checkpoint holds no state of it; "
+                        "start a new run"
+                    )
+                plugin.instance.load_state_dict(states[plugin.name])
+
+    # ---- registration
+
+    def _find_claims(self) -> dict[str, str]:
+        claims: dict[str, Plugin] = {}
+        for plugin in self.plugins:
+            for implementation in self._roles[plugin.name]:
+                if implementation.role != "claims":
+                    continue
+                first = claims.setdefault(implementation.hook, plugin)
+                if first is not plugin:
+                    raise PluginError(
+                        f"{implementation.hook} is claimed by two plugins, {first.installed} and "
+                        f"{plugin.installed}; select one of them with --plugins"
+                    )
+        return {hook: plugin.name for hook, plugin in claims.items()}
+
+    def _caller(self, hook: str, defaults: Any) -> Callable[..., Any]:
+        """The hook's call; where a plugin claims it, without the host's default, so that a claim
+        that answers None is seen and not papered over."""
+        if hook in self._claims:
+            return self._manager.subset_hook_caller(hook, [defaults])
+        return getattr(self._manager.hook, hook)
+
+    def _guard(self, plugin: Plugin | None, hooks: Sequence[str]) -> Any:
+        """A plugin of wrappers that check what `plugin` (None: the claims) made of each hook."""
+
+        def guarded(hook: str) -> Any:
+            def source() -> str:
+                return plugin.name if plugin else self._claims.get(hook, "host")
+
+            def check(result: Any, **arguments: Any) -> Any:
+                try:
+                    return getattr(self, f"_check_{hook}")(result, source(), **arguments)
+                except (TypeError, ValueError) as error:
+                    self._blame(source(), hook, error, "returned")
+                    raise
+
+            return source, check
+
+        guards = {hook: _GUARDS[hook](*guarded(hook), self._blame) for hook in hooks}
+        # A class of its own, because pluggy looks plugins up in sets.
+        return type("Guard", (), {hook: staticmethod(guard) for hook, guard in guards.items()})()
+
+    def _blame(self, name: str, hook: str, error: Exception, verb: str = "raised") -> None:
+        """Raises `error` again as one of the plugin `name`; returns where there is nothing to add:
+        it came from the host, or says already whose it is."""
+        if name == "host":
+            self._own_errors.append(error)
+        if isinstance(error, _Attributed) or any(error is own for own in self._own_errors):
+            return
+        plugin = next(p for p in self.plugins if p.name == name)
+        told = str(error)
+        if verb == "raised" and not isinstance(error, HostError):
+            told = f"{type(error).__name__}: {error}"
+        chain = self.chain(hook) if hook in _CLAIMABLE else plugin.name
+        raise _Attributed(
+            f"{hook}: {chain}: plugin {plugin.installed} {verb} {told}; mend the plugin, or run "
+            f"without it"
+        ) from error
+
+    # ---- checks of what came back
+
+    def _check_build_model(self, result: Any, source: str, config: Any) -> Any:
+        from sdxl_host.model import DiffusionModel
+
+        _expect(result, DiffusionModel)
+        if self._preconditioning is None:
+            self._preconditioning = result.preconditioning
+            self._preconditioning_owner = None if source == "host" else source
+        elif result.preconditioning is not self._preconditioning:
+            if self._preconditioning_owner:
+                raise _Attributed(
+                    f"build_model: the plugins {self._preconditioning_owner} and {source} both "
+                    "replace the preconditioning; select one of them with --plugins"
+                )
+            self._preconditioning = result.preconditioning
+            self._preconditioning_owner = source
+        return result
+
+    def _check_sample_timesteps(self, result: Any, source: str, model: Any, step: int) -> Any:
+        from sdxl_host.diffusion.distributions import Distribution
+
+        return _expect(result, Distribution)
+
+    def _check_weight_loss(
+        self, result: Any, source: str, model: Any, noise: Any, step: int
+    ) -> Any:
+        import numpy as np
+
+        _expect(result, np.ndarray)
+        weights = result.astype(np.float64)
+        if weights.shape != noise.sigma.shape:
+            raise ValueError(f"an array of shape {weights.shape}, not {noise.sigma.shape}")
+        if not np.isfinite(weights).all():
+            raise ValueError(f"weights that are not finite (sigma {noise.sigma}: {weights})")
+        if (weights < 0).any():
+            raise ValueError(f"negative weights (sigma {noise.sigma}: {weights})")
+        return weights
+
+    def _check_encode_prompt(self, result: Any, source: str, prompts: Any, encoders: Any) -> Any:
+        import numpy as np
+
+        from sdxl_host.prompts import PromptEmbedding
+
+        _expect(result, PromptEmbedding)
+        count = len(prompts)
+        context = (count, result.context.shape[1], sum(encoder.width for encoder in encoders))
+        pooled = (count, sum(encoder.pooled_width for encoder in encoders))
+        for name, array, shape in (
+            ("context", result.context, context),
+            ("pooled", result.pooled, pooled),
+        ):
+            if array.shape != shape:
+                raise ValueError(f"a {name} of shape {array.shape}, not {shape}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"a {name} that is not finite")
+        if result.mask is not None:
+            if result.mask.shape != context[:2] or result.mask.dtype != bool:
+                raise ValueError(
+                    f"a mask of shape {result.mask.shape} and type {result.mask.dtype}, not "
+                    f"{context[:2]} and bool"
+                )
+            if not result.mask.any(axis=1).all():
+                raise ValueError("a mask with a row that attends nothing")
+        return result
+
+
+def _expect(result: Any, kind: type) -> Any:
+    if not isinstance(result, kind):
+        given = "None" if result is None else f"a {type(result).__name__}"
+        raise TypeError(f"{given}, not a {kind.__name__}")
+    return result
+
+
+# One wrapper a hook, because pluggy passes arguments by the names in the signature. Each awaits
+# what the links inside it answer and hands it, or its error, to the two functions it was given.
+
+
+def _guard_build_model(source: Any, check: Any, blame: Any) -> Any:
+    @hookimpl(wrapper=True)
+    def build_model(config: Any) -> Any:
+        try:
+            result = yield
+        except Exception as error:
+            blame(source(), "build_model", error)
+            raise
+        return check(result, config=config)
+
+    return build_model
+
+
+def _guard_sample_timesteps(source: Any, check: Any, blame: Any) -> Any:
+    @hookimpl(wrapper=True)
+    def sample_timesteps(model: Any, step: int) -> Any:
+        try:
+            result = yield
+        except Exception as error:
+            blame(source(), "sample_timesteps", error)
+            raise
+        return check(result, model=model, step=step)
+
+    return sample_timesteps
+
+
+def _guard_weight_loss(source: Any, check: Any, blame: Any) -> Any:
+    @hookimpl(wrapper=True)
+    def weight_loss(model: Any, noise: Any, step: int) -> Any:
+        try:
+            result = yield
+        except Exception as error:
+            blame(source(), "weight_loss", error)
+            raise
+        return check(result, model=model, noise=noise, step=step)
+
+    return weight_loss
+
+
+def _guard_encode_prompt(source: Any, check: Any, blame: Any) -> Any:
+    @hookimpl(wrapper=True)
+    def encode_prompt(prompts: Any, encoders: Any) -> Any:
+        try:
+            result = yield
+        except Exception as error:
+            blame(source(), "encode_prompt", error)
+            raise
+        return check(result, prompts=prompts, encoders=encoders)
+
+    return encode_prompt
+
+
+_GUARDS: dict[str, Any] = {
+    "build_model": _guard_build_model,
+    "sample_timesteps": _guard_sample_timesteps,
+    "weight_loss": _guard_weight_loss,
+    "encode_prompt": _guard_encode_prompt,
+}

@@ -1,0 +1,43 @@
+"""Sampled pictures as one file to look at."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+__all__ = ["save_grid", "to_bytes"]
+
+_SMALLEST = 128  # pixels a side; smaller pictures are enlarged by a whole factor
+_LINE = 12
+_MARGIN = 8
+
+
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """pixels (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8; what lies outside is clipped."""
+    scaled = np.clip(np.round((pixels.transpose(0, 2, 3, 1) + 1.0) * 127.5), 0, 255)
+    return scaled.astype(np.uint8)
+
+
+def save_grid(path: Path, pixels: np.ndarray, captions: Sequence[str]) -> None:
+    """Writes pictures (B, 3, H, W) in [-1, 1] as a PNG, each above its caption."""
+    pictures = [Image.fromarray(picture) for picture in to_bytes(pixels)]
+    factor = max(1, -(-_SMALLEST // pictures[0].width))
+    width, height = pictures[0].width * factor, pictures[0].height * factor
+    columns = min(len(pictures), 4 if len(pictures) <= 16 else 8)
+    rows = -(-len(pictures) // columns)
+    lines = [textwrap.wrap(caption, max(12, width // 6))[:3] for caption in captions]
+    cell = (width + _MARGIN, height + _MARGIN + _LINE * max(len(text) for text in lines))
+    grid = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (picture, text) in enumerate(zip(pictures, lines, strict=True)):
+        left = _MARGIN + index % columns * cell[0]
+        top = _MARGIN + index // columns * cell[1]
+        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        for row, line in enumerate(text):
+            draw.text((left, top + height + row * _LINE), line, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)

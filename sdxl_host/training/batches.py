@@ -1,0 +1,92 @@
+"""What a step takes from the data and from chance, made ready beside the running step.
+
+Nothing here depends on a hook, so the next step's batch is prepared in a thread meanwhile.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdxl_host.data.dataset import Sample, Text2ImageDataset
+from sdxl_host.data.order import Order
+from sdxl_host.randomness import Stream, generator, normals, uniforms
+
+__all__ = ["Batch", "Batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The G samples of one step.
+
+    pixels: (G, 3, H, W) float32. sizes: (G, 2) for each size key. noise: (G, C, h, w) float32, unit
+    noise with its offset. level_u, dropout_u: (G,) uniforms for noise level and caption dropout.
+    """
+
+    step: int
+    samples: list[Sample]
+    pixels: np.ndarray
+    sizes: dict[str, np.ndarray]
+    noise: np.ndarray
+    level_u: np.ndarray
+    dropout_u: np.ndarray
+
+
+class Batches:
+    """The batch of any step, a function of (seed, step).
+
+    latent_shape: (C, h, w) of the noise. offset_noise_level: standard deviation of the constant
+    added to each channel's noise. threads: how many load pictures.
+    """
+
+    def __init__(
+        self,
+        dataset: Text2ImageDataset,
+        order: Order,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        offset_noise_level: float,
+        threads: int,
+    ) -> None:
+        self._dataset = dataset
+        self._order = order
+        self._seed = seed
+        self._latent_shape = latent_shape
+        self._offset = np.float32(offset_noise_level)
+        self._loaders = ThreadPoolExecutor(threads, "pictures")
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`, from 1. Raises DataError naming a picture that can't be read."""
+        indices = self._order.indices(step)
+        places = range(len(indices))
+        samples = list(
+            self._loaders.map(
+                lambda place: self._dataset.sample(
+                    indices[place], generator(self._seed, Stream.CROP, step, place)
+                ),
+                places,
+            )
+        )
+        noise = normals(self._seed, Stream.NOISE, step, places, self._latent_shape)
+        if self._offset:
+            # Part of the noise itself, in the network's input and in its target alike.
+            channels = (self._latent_shape[0], 1, 1)
+            noise += self._offset * normals(self._seed, Stream.OFFSET, step, places, channels)
+        return Batch(
+            step=step,
+            samples=samples,
+            pixels=np.stack([sample.pixels for sample in samples]),
+            sizes={
+                key: np.asarray([sample.sizes[key] for sample in samples])
+                for key in samples[0].sizes
+            },
+            noise=noise,
+            level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, places),
+            dropout_u=uniforms(self._seed, Stream.DROPOUT, step, places),
+        )
+
+    def close(self) -> None:
+        """Ends the loading threads."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,201 @@
+"""What the host itself does at the end of a step: each an observer of `on_step_end`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sdxl_host.errors import DataError, HostError
+from sdxl_host.training.result import StepResult
+
+if TYPE_CHECKING:
+    from sdxl_host.sampling.sampler import PictureSampler
+    from sdxl_host.training.trainer import Trainer
+
+__all__ = ["Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
+
+
+class FiniteGuard:
+    """Ends a run whose loss or gradients are not finite; such an update was not applied."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Raises HostError naming the step, its noise levels and its pictures."""
+        if not result.applied:
+            bad = [
+                name
+                for name, loss in zip(result.samples, result.losses, strict=True)
+                if not np.isfinite(loss)
+            ]
+            sigma = result.noise.sigma
+            raise HostError(
+                f"step {result.step}: loss or gradients are not finite (sigma {sigma.min():.4g} to "
+                f"{sigma.max():.4g}, pictures {', '.join(bad or result.samples)}); the update was "
+                "not applied; lower optim.base_learning_rate, use --clip_grad True, or look at "
+                "these pictures"
+            )
+
+
+class Metrics:
+    """Writes metrics.jsonl: one line every `interval` steps, with what plugins logged.
+
+    The lines hold nothing of the clock, so two equal runs write equal files.
+    """
+
+    def __init__(self, path: Path, interval: int, resumed_step: int) -> None:
+        self._interval = interval
+        kept = []
+        if resumed_step and path.is_file():
+            lines = path.read_text("utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) in range(1, resumed_step + 1)]
+        aside = path.with_name(f".{path.name}.partial")
+        aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        os.replace(aside, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Adds this step's line."""
+        if result.step % self._interval and result.step != trainer.total_steps:
+            return
+        line = {
+            "step": result.step,
+            "loss": result.loss,
+            "unweighted_loss": float(np.mean(result.losses)),
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "mean_sigma": float(np.mean(result.noise.sigma)),
+            "mean_weight": float(np.mean(result.weights)),
+            **trainer.logged,
+        }
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self._file.name}: can't be written ({error.strerror}); free some space"
+            ) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics.jsonl; 0 for one that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return 0
+
+
+class Progress:
+    """A bar on a terminal, about twenty plain lines elsewhere."""
+
+    def __init__(self, first: int, total: int, batch: int, say: Callable[[str], None]) -> None:
+        self._batch = batch
+        self._say = say
+        self._first = first
+        self._every = max(1, (total - first + 1) // 20)
+        self._started: float | None = None
+        self._losses: list[float] = []
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=first - 1, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Shows loss (mean of the steps since the last line), learning rate, speed, time left."""
+        now = time.monotonic()
+        # The first step compiles; the speed is that of the steps after it.
+        self._started = self._started or now
+        made = result.step - self._first
+        self._losses.append(result.loss)
+        speed = made * self._batch / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            shown = f"{speed:.1f}" if made else "-"
+            self._bar.set_postfix_str(
+                f"loss {np.mean(self._losses[-20:]):.4f}, lr {result.learning_rate:.2e}, "
+                f"{shown} images/s"
+            )
+            self._bar.update(1)
+            return
+        if made % self._every and result.step != trainer.total_steps:
+            return
+        left = (trainer.total_steps - result.step) * self._batch / speed if made else None
+        tail = f"{speed:.1f} images/s, {_clock(left)} left" if left is not None else "compiled"
+        self._say(
+            f"step {result.step}/{trainer.total_steps}  loss {np.mean(self._losses):.4f}  "
+            f"lr {result.learning_rate:.2e}  {tail}"
+        )
+        self._losses.clear()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else f"{minutes}:{rest:02d}"
+    )
+
+
+class Grids:
+    """Draws the same prompts every `interval` steps and at the end: samples/step_N.png."""
+
+    def __init__(
+        self,
+        sampler: Callable[[], PictureSampler],
+        prompts: Sequence[str],
+        interval: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> None:
+        self._sampler = sampler
+        self._prompts = list(prompts)
+        self._interval = interval
+        self._steps = steps
+        self._guidance_scale = guidance_scale
+        self._seed = seed
+        self.last: Path | None = None
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Draws now, if it is time."""
+        due = self._interval and result.step % self._interval == 0
+        if due or trainer.is_last:
+            from sdxl_host.sampling.grid import save_grid
+
+            pixels = self._sampler().draw(
+                self._prompts, self._steps, self._guidance_scale, self._seed
+            )
+            self.last = trainer.save_path / "samples" / f"step_{result.step:08d}.png"
+            try:
+                save_grid(self.last, pixels, self._prompts)
+            except OSError as error:
+                raise DataError(
+                    f"{self.last}: can't be written ({error.strerror}); free some space"
+                ) from error
+
+
+class Checkpoints:
+    """Saves every `interval` steps and at the end."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self.last: Path | None = None
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Saves now, if it is time."""
+        if result.step % self._interval == 0 or trainer.is_last:
+            self.last = trainer.save()

@@ -1,0 +1,61 @@
+"""What is said at the start of a run, and what a checkpoint records of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sdxl_host.config import RunConfig
+from sdxl_host.training.checkpoint import Checkpoint
+from sdxl_host.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from sdxl_host.training.trainer import Trainer
+
+__all__ = ["plugin_list", "record", "start_lines"]
+
+
+def plugin_list(config: RunConfig) -> list[dict[str, str]]:
+    """Name, distribution and version of each selected plugin."""
+    return [
+        {
+            "name": p.installed.name,
+            "distribution": p.installed.distribution,
+            "version": p.installed.version,
+        }
+        for p in config.plugins
+    ]
+
+
+def record(trainer: Trainer) -> dict[str, Any]:
+    """What was learned and on what: it goes into every checkpoint."""
+    hooks = ("build_model", "sample_timesteps", "weight_loss", "encode_prompt")
+    return {
+        "preconditioning": trainer.model.preconditioning.name,
+        "hooks": {hook: trainer.hooks.chain(hook) for hook in hooks},
+        "size": [trainer.dataset.target_size, trainer.dataset.target_size],
+        "original_size": list(trainer.dataset.typical_size()),
+    }
+
+
+def start_lines(trainer: Trainer, optimizer: Optimizer, checkpoint: Checkpoint | None) -> list[str]:
+    """The block at the start of a run: plugins, objective, network, data, and what to note."""
+    config, dataset = trainer.config, trainer.dataset
+    trained = sum(parameter.size for parameter in trainer.parts.trained)
+    lines = [
+        f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
+        *(f"            {line}" for line in trainer.hooks.describe()),
+        f"objective   {trainer.model.preconditioning.name}",
+        f"network     {trained:,} parameters trained",
+    ]
+    if dataset.is_demo:
+        lines += [
+            f"data        {len(dataset)} captioned pictures that the package carries",
+            "            (Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours",
+        ]
+    else:
+        lines.append(f"data        {len(dataset)} captioned pictures")
+    lines.append(f"run         {trainer.save_path}")
+    if checkpoint is not None:
+        lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
+    notes = [*config.notices, *trainer.hooks.notes(trainer.model), *optimizer.notes()]
+    return lines + [f"note        {line}" for line in notes]
