@@ -132,7 +132,7 @@ def make_pictures() -> list[Picture]:
             for article, slugs in ARTICLES.items():
                 for slug in slugs.split():
                     emoji, label = names[slug]
-                    text = f"a 3D emoji of {article} {label}".replace("  ", " ")
+                    text = f"{article} {label}".strip()
                     pictures.append(Picture(f"{slug}.png", text, render(archive, emoji)))
     return sorted(pictures, key=lambda picture: picture.file_name)
 

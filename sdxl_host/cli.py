@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except HostError as error:
-        print(f"sdxl-host: error: {error}", file=sys.stderr)
+        # One line, whatever the lines of a plugin's or a library's own message that it quotes.
+        told = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"sdxl-host: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sdxl-host: interrupted", file=sys.stderr)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from sdxl_host.diffusion.distributions import DiscreteDistribution
 from sdxl_host.diffusion.preconditioning import (
     EpsPreconditioning,
@@ -176,7 +178,7 @@ class DiffusionEngine:
         sampler = build(
             sigma_sampler_config or _SIGMA_SAMPLER, "sigma_sampler", f"{where}.sigma_sampler_config"
         )
-        if (denoiser.schedule.sigmas != sampler.schedule.sigmas).any():
+        if not np.array_equal(denoiser.schedule.sigmas, sampler.schedule.sigmas):
             raise ValueError(
                 "denoiser_config and sigma_sampler_config describe two different schedules; give "
                 "both the same discretization_config"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pluggy
@@ -157,7 +158,11 @@ class Hooks:
         self._claims = self._find_claims()
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._manager.register(defaults, name="host")
+        # The host answers only where no plugin claims, so that a claim that answers None is seen
+        # and not papered over.
+        unclaimed = [hook for hook in _CLAIMABLE if hook not in self._claims]
+        answers = {hook: getattr(defaults, hook) for hook in unclaimed if hasattr(defaults, hook)}
+        self._manager.register(SimpleNamespace(**answers), name="host")
         self._manager.register(self._guard(None, _CLAIMABLE))
         for plugin in plugins:
             try:
@@ -168,7 +173,6 @@ class Hooks:
             if adapted:
                 self._manager.register(self._guard(plugin, adapted))
         self._manager.check_pending()
-        self._callers = {hook: self._caller(hook, defaults) for hook in _CLAIMABLE}
         self._preconditioning_owner: str | None = None
         self._preconditioning: Any = None
         self._own_errors: list[Exception] = []  # the host's, which no wrapper around it caused
@@ -178,19 +182,19 @@ class Hooks:
     def build_model(self, config: Any) -> Any:
         """The `DiffusionModel` of this run."""
         self._preconditioning_owner = self._preconditioning = None
-        return self._callers["build_model"](config=config)
+        return self._call("build_model", config=config)
 
     def sample_timesteps(self, model: Any, step: int) -> Any:
         """The `Distribution` of noise levels at this step."""
-        return self._callers["sample_timesteps"](model=model, step=step)
+        return self._call("sample_timesteps", model=model, step=step)
 
     def weight_loss(self, model: Any, noise: Any, step: int) -> Any:
         """lambda on |D - z|^2, float64 (G,)."""
-        return self._callers["weight_loss"](model=model, noise=noise, step=step)
+        return self._call("weight_loss", model=model, noise=noise, step=step)
 
     def encode_prompt(self, prompts: Sequence[str], encoders: Any) -> Any:
         """The `PromptEmbedding` of the prompts."""
-        return self._callers["encode_prompt"](prompts=list(prompts), encoders=encoders)
+        return self._call("encode_prompt", prompts=list(prompts), encoders=encoders)
 
     def on_step_end(self, trainer: Any, result: Any) -> None:
         """Calls the plugins' observers in the order of --plugins, then the host's own."""
@@ -267,12 +271,17 @@ class Hooks:
                     )
         return {hook: plugin.name for hook, plugin in claims.items()}
 
-    def _caller(self, hook: str, defaults: Any) -> Callable[..., Any]:
-        """The hook's call; where a plugin claims it, without the host's default, so that a claim
-        that answers None is seen and not papered over."""
-        if hook in self._claims:
-            return self._manager.subset_hook_caller(hook, [defaults])
-        return getattr(self._manager.hook, hook)
+    def _call(self, hook: str, **arguments: Any) -> Any:
+        self._own_errors.clear()
+        try:
+            return getattr(self._manager.hook, hook)(**arguments)
+        except RuntimeError as error:
+            # pluggy's own word for a wrapper that yields twice; it passes by the guards.
+            if any(error is own for own in self._own_errors):
+                raise
+            raise _Attributed(
+                f"{hook}: {self.chain(hook)}: {error}; mend the plugin, or run without it"
+            ) from error
 
     def _guard(self, plugin: Plugin | None, hooks: Sequence[str]) -> Any:
         """A plugin of wrappers that check what `plugin` (None: the claims) made of each hook."""
@@ -291,8 +300,7 @@ class Hooks:
             return source, check
 
         guards = {hook: _GUARDS[hook](*guarded(hook), self._blame) for hook in hooks}
-        # A class of its own, because pluggy looks plugins up in sets.
-        return type("Guard", (), {hook: staticmethod(guard) for hook, guard in guards.items()})()
+        return SimpleNamespace(**guards)
 
     def _blame(self, name: str, hook: str, error: Exception, verb: str = "raised") -> None:
         """Raises `error` again as one of the plugin `name`; returns where there is nothing to add:
@@ -314,9 +322,11 @@ class Hooks:
     # ---- checks of what came back
 
     def _check_build_model(self, result: Any, source: str, config: Any) -> Any:
+        from sdxl_host.diffusion.preconditioning import Preconditioning
         from sdxl_host.model import DiffusionModel
 
         _expect(result, DiffusionModel)
+        _expect(result.preconditioning, Preconditioning)
         if self._preconditioning is None:
             self._preconditioning = result.preconditioning
             self._preconditioning_owner = None if source == "host" else source
@@ -356,8 +366,14 @@ class Hooks:
         from sdxl_host.prompts import PromptEmbedding
 
         _expect(result, PromptEmbedding)
+        for name in ("context", "pooled", "mask"):
+            array = getattr(result, name)
+            if not isinstance(array, np.ndarray) and not (name == "mask" and array is None):
+                given = "None" if array is None else f"a {type(array).__name__}"
+                raise TypeError(f"a {name} that is {given}, not an array")
         count = len(prompts)
-        context = (count, result.context.shape[1], sum(encoder.width for encoder in encoders))
+        length = result.context.shape[1] if result.context.ndim > 1 else 77
+        context = (count, length, sum(encoder.width for encoder in encoders))
         pooled = (count, sum(encoder.pooled_width for encoder in encoders))
         for name, array, shape in (
             ("context", result.context, context),

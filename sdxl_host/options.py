@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
+import re
+import sys
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from sdxl_host.errors import ConfigError, did_you_mean
 
-__all__ = ["build_options", "describe", "option"]
+__all__ = [
+    "build_options",
+    "describe",
+    "first_line",
+    "fits",
+    "option",
+    "type_name",
+    "union_members",
+]
 
-# What OmegaConf can hold in a typed field and a flag can spell.
-_SIMPLE = (bool, int, float, str)
+# A number or a truth value, which someone has put in quotes.
+_LOOKS_PLAIN = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false|yes|no|on|off", re.IGNORECASE)
 
 
 def option(
@@ -72,22 +84,21 @@ def build_options(options: type, values: Mapping[str, Any], where: str) -> Any:
                 f"{where}.{key}: there is no such option{did_you_mean(str(key), fields)} "
                 f"(options of {where}: {known})"
             )
-    for key, value in values.items():
-        _refuse_quiet_conversions(f"{where}.{key}", hints[key], value)
     section = OmegaConf.structured(options)
     for key, value in values.items():
+        wrong = f"{where}.{key}: {value!r} does not fit its type, {type_name(hints[key])}"
+        # OmegaConf would turn 1 into True, 5 into "5" and "1.5" into 1.5; here only the type itself
+        # will do.
+        if not fits(value, hints[key]):
+            raise ConfigError(wrong + _remedy(value, hints[key]))
         try:
-            section[key] = float(value) if _takes_float(hints[key], value) else value
+            section[key] = _with_floats(hints[key], value)
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{where}.{key}: {value!r} does not fit its type, {type_name(hints[key])} "
-                f"({reason})"
-            ) from error
+            raise ConfigError(f"{wrong} ({first_line(error)})") from error
     try:
         built = OmegaConf.to_object(section)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {first_line(error)}") from error
     except (TypeError, ValueError) as error:  # raised by the dataclass's own __post_init__
         raise ConfigError(f"{where}: {error}") from error
     for name, field in fields.items():
@@ -107,23 +118,71 @@ def type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if not arguments else str(hint)
 
 
-def _refuse_quiet_conversions(where: str, hint: Any, value: Any) -> None:
-    """OmegaConf turns 1 into True and True into "True"; here only the type itself will do."""
-    allowed = set(typing.get_args(hint) or (hint,))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    wrong = (
-        (isinstance(value, bool) and not allowed & {bool, Any} and allowed & set(_SIMPLE))
-        or (is_number and allowed <= {bool, type(None)})
-        or (isinstance(value, float) and int in allowed and float not in allowed)
-    )
-    if wrong:
-        raise ConfigError(f"{where}: {value!r} does not fit its type, {type_name(hint)}")
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have: those of a union, else the one there is."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
-def _takes_float(hint: Any, value: Any) -> bool:
-    """Whether a whole number stands where a float is meant: 2 for 2.0."""
-    allowed = set(typing.get_args(hint) or (hint,))
-    return type(value) is int and float in allowed and int not in allowed
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a YAML file may stand where `hint` is declared, as it is.
+
+    A whole number fits a float. Of types that are not listed here, anything fits.
+    """
+    members = union_members(hint)
+    if len(members) > 1:
+        return any(fits(value, member) for member in members)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:  # 1 == True, but neither stands for the other
+        return any(value == one and type(value) is type(one) for one in arguments)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        is_whole = type(value) is int and abs(value) <= sys.float_info.max
+        return isinstance(value, float) or is_whole
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if origin in (list, tuple, collections.abc.Sequence):
+        return isinstance(value, list | tuple) and _items_fit(value, origin, arguments)
+    if origin in (dict, collections.abc.Mapping):
+        return isinstance(value, Mapping) and all(fits(v, arguments[1]) for v in value.values())
+    return True
+
+
+def _items_fit(values: Any, origin: Any, hints: tuple[Any, ...]) -> bool:
+    if origin is tuple and hints[-1] is not Ellipsis:
+        pairs = zip(values, hints, strict=False)
+        return len(values) == len(hints) and all(fits(value, hint) for value, hint in pairs)
+    return all(fits(value, hints[0]) for value in values)
+
+
+def _remedy(value: Any, hint: Any) -> str:
+    if str in union_members(hint) and isinstance(value, bool | int | float):
+        return f'; put it in quotes, "{value}"'
+    if isinstance(value, str) and _LOOKS_PLAIN.fullmatch(value):
+        return "; remove the quotes"
+    return ""
+
+
+def _with_floats(hint: Any, value: Any) -> Any:
+    """The value with whole numbers made floats where floats are meant: 2 for 2.0."""
+    members = union_members(hint)
+    if type(value) is int and float in members and int not in members:
+        return float(value)
+    for member in members:
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if isinstance(value, list) and origin is list:
+            return [_with_floats(arguments[0], item) for item in value]
+        if isinstance(value, dict) and origin is dict:
+            return {key: _with_floats(arguments[1], item) for key, item in value.items()}
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that libraries add below; its kind if it is mute."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _bounds(field: dataclasses.Field[Any]) -> dict[str, float]:
@@ -133,6 +192,9 @@ def _bounds(field: dataclasses.Field[Any]) -> dict[str, float]:
 
 
 def _check_range(where: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_range(f"{where}[{index}]", item, field)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not math.isfinite(value):

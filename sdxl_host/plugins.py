@@ -87,7 +87,7 @@ def _required_host(requirements: Iterable[str]) -> SpecifierSet | None:
             continue
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if applies and canonicalize_name(requirement.name) == HOST_DISTRIBUTION:
-            return requirement.specifier
+            return requirement.specifier or None  # a bare name states no version
     return None
 
 

@@ -38,7 +38,8 @@ def generator(seed: int, stream: Stream, step: int, position: int = 0) -> np.ran
 def uniforms(seed: int, stream: Stream, step: int, positions: Sequence[int]) -> np.ndarray:
     """One uniform (k + 0.5) / 2^53 a position, float64 (len(positions),), never 0 or 1."""
     raw = [_philox(seed, stream, step, position).random_raw() for position in positions]
-    return ((np.asarray(raw, np.uint64) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    u = ((np.asarray(raw, np.uint64) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    return np.minimum(u, 1 - 2.0**-53)  # the largest k + 0.5 is rounded to 2^53
 
 
 def normals(

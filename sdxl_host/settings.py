@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sdxl_host.options import option
 
-__all__ = ["DataSettings", "OptimSettings", "TrainSettings"]
+__all__ = ["FLAG_HOMES", "NOT_YET", "SCHEMAS", "DataSettings", "OptimSettings", "TrainSettings"]
 
 
 @dataclass
@@ -20,7 +20,7 @@ class TrainSettings:
     weight: str = option(
         "", help="weights to start from: a safetensors file or a checkpoint folder of this program"
     )
-    seed: int = option(42, help="seed of all randomness", minimum=0)
+    seed: int = option(42, help="seed of all randomness", minimum=0, maximum=2**64 - 1)
     save_path: str = option("./runs", help="folder that runs are written to")
     save_path_with_time: bool = option(True, help="a folder named by date and time for each run")
     resume: str = option("", help="continue a run: a checkpoint folder, or `latest`")
@@ -67,6 +67,9 @@ class OptimSettings:
         None, help="target and params of the learning-rate schedule; none: constant"
     )
 
+
+# The sections whose keys are known beforehand.
+SCHEMAS: dict[str, type] = {"train": TrainSettings, "data": DataSettings, "optim": OptimSettings}
 
 # Flags whose home is not `train`.
 FLAG_HOMES = {

@@ -6,17 +6,16 @@ trainer's `gm.*` names stand beside ours, so existing YAML files work.
 
 from __future__ import annotations
 
-import collections.abc
 import importlib
 import inspect
-import types
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sdxl_host.errors import ConfigError, did_you_mean
-from sdxl_host.options import type_name
+from sdxl_host.options import fits, type_name
 
 __all__ = ["Target", "build", "idle_params", "look_up"]
 
@@ -224,7 +223,7 @@ def look_up(node: Any, slot: str, where: str) -> tuple[Target, dict[str, Any]]:
     if extra:
         raise ConfigError(
             f"{where}.{extra[0]}: only `target` and `params` stand here"
-            f"{did_you_mean(extra[0], ('target', 'params'))}"
+            f"{did_you_mean(str(extra[0]), ('target', 'params'))}"
         )
     name = str(node["target"])
     target = _BY_NAME.get(name)
@@ -237,7 +236,12 @@ def look_up(node: Any, slot: str, where: str) -> tuple[Target, dict[str, Any]]:
         raise ConfigError(f"{where}.target: {name}: {hint}")
     if target.slot != slot:
         raise ConfigError(f"{where}.target: {name} is a {target.slot}; a {slot} must stand here")
-    return target, dict(node.get("params") or {})
+    params = node.get("params")
+    if params is not None and not isinstance(params, Mapping):
+        raise ConfigError(
+            f"{where}.params: must be a mapping, not {params!r}; write `name: value` lines below it"
+        )
+    return target, dict(params or {})
 
 
 def build(node: Any, slot: str, where: str, **provided: Any) -> Any:
@@ -264,9 +268,14 @@ def build(node: Any, slot: str, where: str, **provided: Any) -> Any:
                 f"(parameters: {', '.join([*accepted, *target.idle]) or 'none'})"
             )
         hint = hints.get(key, Any)
-        if not _fits(value, hint):
+        if not fits(value, hint):
             raise ConfigError(
                 f"{where}.params.{key}: {value!r} does not fit its type, {type_name(hint)}"
+            )
+        wild = _first_infinite(value)
+        if wild is not None:
+            raise ConfigError(
+                f"{where}.params.{key}: {wild} is not a finite number; give one that is"
             )
     for key, parameter in accepted.items():
         if parameter.default is inspect.Parameter.empty and key not in kept:
@@ -295,25 +304,8 @@ def idle_params(node: Any, where: str = "model") -> list[str]:
     return lines
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a YAML file can be an argument annotated with `hint`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if origin in (list, tuple, collections.abc.Sequence):
-        return isinstance(value, list | tuple) and all(_fits(v, arguments[0]) for v in value)
-    if origin in (dict, collections.abc.Mapping):
-        return isinstance(value, Mapping)
-    return True
+def _first_infinite(value: Any) -> float | None:
+    """The first number in a value, or in a list of them, that is not finite."""
+    if isinstance(value, list | tuple):
+        return next((n for n in map(_first_infinite, value) if n is not None), None)
+    return value if isinstance(value, float) and not math.isfinite(value) else None

@@ -32,8 +32,11 @@ def sample(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--out {options.out}: must end with .png")
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not options.out.exists()
         with open(options.out, "ab"):
             pass
+        if is_new:
+            options.out.unlink()  # only to see that it can be written
     except OSError as error:
         raise DataError(f"--out {options.out}: can't be written ({error.strerror})") from error
 

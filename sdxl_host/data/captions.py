@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ def read_folder(folder: Path) -> list[Captioned]:
     """The captioned pictures of a folder, sorted by name.
 
     Captions come from `metadata.jsonl` (`file_name`, `text`), else from the folder's one `.csv`
-    (`dir`, `text`), else from a `.txt` file beside each picture, in subfolders too.
+    (`dir`, `text`), else from a `.txt` file beside each picture, in subfolders too. Whitespace in
+    them, line ends included, becomes single spaces.
     Raises DataError, naming file and remedy, for a folder without pictures, a caption without its
     picture and a picture without its caption.
     """
@@ -61,7 +63,8 @@ def read_folder(folder: Path) -> list[Captioned]:
 
 
 def _from_jsonl(table: Path) -> Iterator[Captioned]:
-    for number, line in enumerate(_text(table).splitlines(), start=1):
+    # Only a line feed ends a line: str.splitlines would break texts at U+2028 and its like.
+    for number, line in enumerate(_text(table).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -72,11 +75,23 @@ def _from_jsonl(table: Path) -> Iterator[Captioned]:
 
 
 def _from_csv(table: Path) -> Iterator[Captioned]:
-    rows = csv.DictReader(_text(table).splitlines())
-    if not {"dir", "text"} <= set(rows.fieldnames or ()):
-        raise DataError(f"{table}: its first line must name the columns dir and text")
-    for row in rows:
-        yield _from_row(table, rows.line_num, row, "dir", "text")
+    # strict: a quotation mark that is never closed would swallow the rows after it.
+    rows = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    try:
+        if not {"dir", "text"} <= set(rows.fieldnames or ()):
+            raise DataError(f"{table}: its first line must name the columns dir and text")
+        for row in rows:
+            if None in row:
+                raise DataError(
+                    f"{table}, line {rows.line_num}: has more columns than the first line; put "
+                    "quotes around a text that holds a comma"
+                )
+            yield _from_row(table, rows.line_num, row, "dir", "text")
+    except csv.Error as error:
+        raise DataError(
+            f"{table}, line {rows.reader.line_num}: not valid CSV: {error}; mend the line, or use "
+            "a metadata.jsonl"
+        ) from error
 
 
 def _from_row(table: Path, number: int, row: object, picture: str, caption: str) -> Captioned:
@@ -90,7 +105,7 @@ def _from_row(table: Path, number: int, row: object, picture: str, caption: str)
             f"{table}, line {number}: names the picture {row[picture]}, which is not there; add "
             "the picture or remove the line"
         )
-    return Captioned(row[picture], file, row[caption].strip())
+    return Captioned(row[picture], file, _one_line(row[caption]))
 
 
 def _from_sidecars(folder: Path) -> Iterator[Captioned]:
@@ -107,11 +122,15 @@ def _from_sidecars(folder: Path) -> Iterator[Captioned]:
         if not sidecar.is_file():
             raise DataError(f"{picture}: has no caption; write one to {sidecar.name} beside it")
         name = picture.relative_to(folder).as_posix()
-        yield Captioned(name, picture, " ".join(_text(sidecar).split()))
+        yield Captioned(name, picture, _one_line(_text(sidecar)))
 
 
 def _spellings(pictures: set[Path]) -> set[str]:
     return {picture.suffix for picture in pictures}
+
+
+def _one_line(caption: str) -> str:
+    return " ".join(caption.split())
 
 
 def _text(file: Path) -> str:

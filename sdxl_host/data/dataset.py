@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from sdxl_host.data.captions import Captioned, read_folder
 from sdxl_host.data.transforms import Transform
@@ -22,6 +23,9 @@ DEMO_PICTURES = Path(__file__).parent / "demo"
 
 # Up to this many pictures are decoded once before a run starts; of more, only the headers are read.
 _DECODED_AT_START = 1000
+
+# EXIF orientations that exchange width and height.
+_TURNED = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Text2ImageDataset:
         self.target_size = target_size
         self.pictures = read_folder(Path(data_path).expanduser() if data_path else DEMO_PICTURES)
         if only is not None:
+            if not only:
+                raise ValueError(
+                    "Text2ImageDataset: only names no picture; name some, or leave it out to take "
+                    "all of them"
+                )
             by_name = {picture.name: picture for picture in self.pictures}
             for name in only:
                 if name not in by_name:
@@ -81,9 +90,8 @@ class Text2ImageDataset:
 
     def check(self, threads: Executor) -> None:
         """Opens every picture. Raises DataError naming the first that can't be read."""
-        decode = len(self) <= _DECODED_AT_START
-        opened = threads.map(lambda picture: _open(picture, decode).size, self.pictures)
-        self._heights_and_widths = [(height, width) for width, height in opened]
+        size = _decoded_size if len(self) <= _DECODED_AT_START else _header_size
+        self._heights_and_widths = list(threads.map(size, self.pictures))
 
     def typical_size(self) -> tuple[int, int]:
         """Median (height, width) of the pictures as they were before resizing, after `check`."""
@@ -93,7 +101,7 @@ class Text2ImageDataset:
     def sample(self, index: int, generator: np.random.Generator) -> Sample:
         """Picture `index`; its random crop is drawn from `generator`."""
         picture = self.pictures[index]
-        image = _open(picture, decode=True)
+        image = _decode(picture)
         target = (self.target_size, self.target_size)
         sample: dict[str, Any] = {
             "image": np.asarray(image),
@@ -101,8 +109,17 @@ class Text2ImageDataset:
             "crop_coords_top_left": (0, 0),
             "target_size_as_tuple": target,
         }
-        for transform in self._transforms:
-            sample = transform(sample, generator)
+        for index, transform in enumerate(self._transforms):
+            before = sample["image"]
+            try:
+                sample = transform(sample, generator)
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"data.dataset_config.params.transforms[{index}]: {type(transform).__name__} "
+                    f"can't take the {before.dtype} {before.shape} that those before it make of "
+                    f"{picture.name} ({error}); the usual order is Resize, Rescaler, "
+                    "AddOriginalImageSizeAsTupleAndCropToSquare, Transpose"
+                ) from error
         pixels = sample.pop("image")
         if pixels.shape != (3, *target) or pixels.dtype != np.float32:
             raise DataError(
@@ -113,18 +130,49 @@ class Text2ImageDataset:
         return Sample(picture.name, picture.caption, pixels, sample)
 
 
-def _open(picture: Captioned, decode: bool) -> Image.Image:
+def _decoded_size(picture: Captioned) -> tuple[int, int]:
+    """(height, width) of the whole picture, read to its end."""
+    image = _decode(picture)
+    return image.height, image.width
+
+
+def _header_size(picture: Captioned) -> tuple[int, int]:
+    """(height, width) after the rotation, of which the file's header tells."""
+    with _opened(picture) as image:
+        # Not image.getexif(), which for a PNG would decode all of it.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        width, height = image.size
+    return (width, height) if orientation in _TURNED else (height, width)
+
+
+def _decode(picture: Captioned) -> Image.Image:
     """The picture, rotated as its EXIF says and in RGB; transparency lies on white."""
+    with _opened(picture) as image:
+        upright = _eight_bits(ImageOps.exif_transpose(image))
+        if "A" in upright.getbands() or "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+            white = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(white, upright)
+        return upright.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8, because Pillow would clip it; other pictures as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image)
+    grey = np.rint(levels / 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey[levels == transparent] = 255
+    return Image.fromarray(grey)
+
+
+@contextmanager
+def _opened(picture: Captioned) -> Iterator[Image.Image]:
     try:
         with Image.open(picture.file) as image:
-            if not decode:
-                return image
-            upright = ImageOps.exif_transpose(image)
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{picture.file}: can't be read as a picture ({error}); replace or remove it"

@@ -103,15 +103,18 @@ class ReweightedDistribution(Distribution):
         finite = base.cdf(self.schedule.edges[1:-1])
         self._base_cdf = np.concatenate([[0.0], finite, [1.0]])
         masses = weights * np.diff(self._base_cdf)
-        self._cumulative = np.concatenate([[0.0], np.cumsum(masses)])
-        self._total = self._cumulative[-1]
+        cumulative = np.concatenate([[0.0], np.cumsum(masses)])
+        self._total = cumulative[-1]
+        self._cumulative = cumulative / self._total
+        # How much faster this CDF grows than the base's, inside each piece.
+        self._ratios = weights / self._total
 
     def quantile(self, u: FloatArray) -> FloatArray:
-        mass = floats(u) * self._total
-        # The piece whose upper border is the first to reach the mass; empty pieces are passed.
-        piece = np.searchsorted(self._cumulative[1:], mass, side="left")
+        u = floats(u)
+        # The piece whose upper border is the first to reach u; empty pieces are passed.
+        piece = np.searchsorted(self._cumulative[1:], u, side="left")
         piece = np.minimum(piece, len(self.schedule) - 1)
-        inside = (mass - self._cumulative[piece]) / self._weights[piece]
+        inside = (u - self._cumulative[piece]) / self._ratios[piece]
         base_u = np.clip(
             self._base_cdf[piece] + inside, self._base_cdf[piece], self._base_cdf[piece + 1]
         )
@@ -119,8 +122,11 @@ class ReweightedDistribution(Distribution):
 
     def cdf(self, sigma: FloatArray) -> FloatArray:
         piece = self.schedule.nearest(sigma)
-        inside = self.base.cdf(sigma) - self._base_cdf[piece]
-        return (self._cumulative[piece] + self._weights[piece] * inside) / self._total
+        base_u = self.base.cdf(sigma)
+        inside = self._cumulative[piece] + self._ratios[piece] * (base_u - self._base_cdf[piece])
+        # A piece that is used up gives its border to the bit, so quantile(cdf(s)) finds s again.
+        used_up = base_u >= self._base_cdf[piece + 1]
+        return np.where(used_up, self._cumulative[piece + 1], inside)
 
     def expect(self, f: Callable[[FloatArray], FloatArray]) -> float:
         # The base may know an exact mean (a discrete one does); the ratio carries the weights.
@@ -131,7 +137,7 @@ class ReweightedDistribution(Distribution):
         return self.base.reweighted(self._weights * _checked_weights(weights, len(self.schedule)))
 
     def ratio(self, sigma: FloatArray) -> FloatArray:
-        return self._weights[self.schedule.nearest(sigma)] / self._total
+        return self._ratios[self.schedule.nearest(sigma)]
 
 
 def _checked_weights(weights: FloatArray, count: int) -> FloatArray:

@@ -58,7 +58,9 @@ class Coefficients:
     def stacked(self) -> np.ndarray:
         """(6, G) float32 in the order p, q, a, b, w, c_noise: what enters the compiled step."""
         rows = (self.p, self.q, self.a, self.b, self.w, self.c_noise)
-        return np.stack(rows).astype(np.float32)
+        # What is too large for float32 becomes infinite: the step then applies no update.
+        with np.errstate(over="ignore"):
+            return np.stack(rows).astype(np.float32)
 
 
 def coefficients(

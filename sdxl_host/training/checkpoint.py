@@ -33,6 +33,7 @@ CONFIG_FILE = "config.yaml"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
+_OLD = ".old-"
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,7 @@ def save_checkpoint(
     metadata = {"format": "sdxl-host", "step": str(step), "record": json.dumps(record)}
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(f"{_PARTIAL}step_*"):
-            shutil.rmtree(leftover)
+        _clear_leftovers(parent)
         partial.mkdir()
         files.write(partial / NETWORK_FILE, network, metadata)
         _write_frozen(parent, partial / FROZEN_FILE, frozen)
@@ -107,11 +107,12 @@ def save_checkpoint(
         _put_in_place(partial, folder)
         _point_latest(parent, folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise DataError(
             f"{folder}: the checkpoint can't be written ({error.strerror or error}); earlier "
             "checkpoints are whole; free some space or choose another --save_path"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # renamed already where all went well
     return folder
 
 
@@ -125,21 +126,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     try:
         state = json.loads(state_file.read_text("utf-8"))
-        written, hashes = state["format"], state["files"]
+        if state["format"] != FORMAT:
+            writer = state.get("versions", {}).get("sdxl-host", "unknown")
+            raise DataError(
+                f"{folder}: has the checkpoint format {state['format']}, and this version reads "
+                f"{FORMAT}; use the version that wrote it (sdxl-host {writer})"
+            )
+        hashes: dict[str, str] = state["files"]
+        found = Checkpoint(
+            folder, state["step"], state["versions"], state["plugins"], state["record"]
+        )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{state_file}: is damaged; use an earlier checkpoint") from error
-    if written != FORMAT:
-        raise DataError(
-            f"{folder}: has the checkpoint format {written}, and this version reads {FORMAT}; use "
-            f"the version that wrote it ({state.get('versions', {}).get('sdxl-host', 'unknown')})"
-        )
     for name, expected in hashes.items():
         file = folder / name
         if not file.is_file():
             raise DataError(f"{file}: is missing; use an earlier checkpoint")
         if _hash(file) != expected:
             raise DataError(f"{file}: was changed or damaged; use an earlier checkpoint")
-    return Checkpoint(folder, state["step"], state["versions"], state["plugins"], state["record"])
+    return found
 
 
 def find_latest(save_path: Path) -> Path:
@@ -215,10 +220,23 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _clear_leftovers(parent: Path) -> None:
+    """Removes what a crash left half-written; a checkpoint that was making way for a new one of
+    its step comes back where the new one did not arrive."""
+    for old in parent.glob(f"{_OLD}step_*"):
+        place = parent / old.name.removeprefix(_OLD)
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, place)
+    for leftover in parent.glob(f"{_PARTIAL}step_*"):
+        shutil.rmtree(leftover)
+
+
 def _put_in_place(partial: Path, folder: Path) -> None:
     """Renames; a checkpoint of the same step, left by a run this one continues, makes way."""
     if folder.exists():
-        old = folder.with_name(f"{_PARTIAL}old-{folder.name}")
+        old = folder.with_name(f"{_OLD}{folder.name}")
         os.rename(folder, old)
         os.rename(partial, folder)
         shutil.rmtree(old)

@@ -9,6 +9,10 @@ import numpy as np
 __all__ = ["pack", "unpack"]
 
 _ARRAY = "__array__"
+_SAVED = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64"),
+)
 
 
 def pack(state: Any, arrays: dict[str, np.ndarray], where: str = "state") -> Any:
@@ -20,10 +24,12 @@ def pack(state: Any, arrays: dict[str, np.ndarray], where: str = "state") -> Any
     if state is None or type(state) in (str, int, float, bool):
         return state
     if isinstance(state, np.ndarray):
-        if state.dtype.hasobject:
-            raise TypeError(f"{where} is an array of objects; only numbers can be saved")
-        arrays[where] = state
-        return {_ARRAY: where}
+        if state.dtype.name not in _SAVED:
+            raise TypeError(f"{where} is an array of {state.dtype.name}; only numbers can be saved")
+        # A number first, because two places can spell the same: {"a.b": x} and {"a": {"b": x}}.
+        name = f"{len(arrays)} {where}"
+        arrays[name] = state
+        return {_ARRAY: name}
     if isinstance(state, list):
         return [pack(item, arrays, f"{where}[{index}]") for index, item in enumerate(state)]
     if isinstance(state, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,11 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     """Writes arrays to a new file and syncs it to the disk."""
     # Not np.ascontiguousarray, which makes a vector of a single number.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    save_file(contiguous, path, metadata=dict(metadata))
+    try:
+        save_file(contiguous, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        # What the library makes of a full disk; callers handle what the system says.
+        raise OSError(errno.EIO, str(error), str(path)) from error
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

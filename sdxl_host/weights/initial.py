@@ -13,17 +13,17 @@ __all__ = ["initialize_network", "initialize_text_encoder"]
 
 
 def initialize_network(parameters: Mapping[str, Parameter], zeros: set[int], seed: int) -> None:
-    """A U-Net's initial weights: uniform in +-1/sqrt(fan in), norms 1 and 0, zeros where `zeros`
-    (parameter ids) says so, as in the original implementation."""
+    """A U-Net's initial weights: matrices and kernels uniform in +-1/sqrt(fan in), and 0 where
+    `zeros` (parameter ids) says so; norms 1, biases 0."""
     for name, parameter in parameters.items():
         if id(parameter) in zeros:
-            values = np.zeros(parameter.shape, np.float32)
+            values = np.zeros(parameter.shape)
         elif parameter.ndim >= 2:
             bound = float(np.prod(parameter.shape[1:])) ** -0.5
             values = named(seed, name).uniform(-bound, bound, parameter.shape)
         else:
-            continue  # biases start at MindSpore's 0, norms at 1
-        parameter.set_data(Tensor(values.astype(np.float32)))
+            values = _of_vector(name, parameter)
+        _set(parameter, values)
 
 
 def initialize_text_encoder(
@@ -31,8 +31,9 @@ def initialize_text_encoder(
 ) -> None:
     """An untrained text encoder whose outputs still tell prompts apart.
 
-    Embeddings of unit variance give the context the scale that a trained encoder's has; matrices
-    have a variance of 1/fan in.
+    Token embeddings of unit variance give the context the scale that a trained encoder's has, and
+    matrices have a variance of 1/fan in. Where a word stands matters less than which it is, and
+    attention, which averages many tokens, is amplified, so that a prompt's words reach its end.
     """
     tables = {
         id(cell.embedding_table)
@@ -41,8 +42,23 @@ def initialize_text_encoder(
     }
     for name, parameter in parameters.items():
         if parameter.ndim < 2:
+            if parameter.ndim == 1:
+                _set(parameter, _of_vector(name, parameter))
             continue
-        is_table = id(parameter) in tables or name.endswith("positional_embedding")
-        scale = 1.0 if is_table else float(np.prod(parameter.shape[1:])) ** -0.5
-        values = named(seed, name).standard_normal(parameter.shape, np.float32) * scale
-        parameter.set_data(Tensor(values.astype(np.float32)))
+        scale = float(np.prod(parameter.shape[1:])) ** -0.5
+        if "position" in name:
+            scale = 0.3
+        elif id(parameter) in tables:
+            scale = 1.0
+        elif name.endswith("out_proj.weight"):
+            scale *= 3.0
+        _set(parameter, named(seed, name).standard_normal(parameter.shape, np.float32) * scale)
+
+
+def _of_vector(name: str, parameter: Parameter) -> np.ndarray:
+    """1 for a norm's weight, 0 for a bias. MindSpore's own would be random, and not of our seed."""
+    return np.full(parameter.shape, float(name.endswith(".weight")))
+
+
+def _set(parameter: Parameter, values: np.ndarray) -> None:
+    parameter.set_data(Tensor(values.astype(np.float32)))

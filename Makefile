@@ -1,0 +1,49 @@
+# The two commands of the README, and what CI runs. Everything they need is installed into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+PACKAGES := -e . -e plugins/sdxl_edm -e plugins/sdxl_snr -e plugins/sdxl_timestep_bias -e plugins/sdxl_lpw
+MANIFESTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
+
+.PHONY: demo test parity soak lint clean
+
+demo: $(VENV)/ready  ## trains a small model with two plugins on the carried pictures
+	$(VENV)/bin/sdxl-host train --plugins edm,snr
+
+test: $(VENV)/ready-dev  ## the whole test suite
+	$(VENV)/bin/python -m pytest -m "not soak"
+
+parity: $(VENV)/ready-dev $(VENV)-parity/ready  ## our networks against diffusers and transformers, live
+	$(VENV)-parity/bin/python tests/golden/make_golden.py --check
+	rm -rf build/golden && mkdir -p build/golden
+	$(VENV)-parity/bin/python tests/golden/make_golden.py --out build/golden
+	SDXL_HOST_GOLDEN=build/golden $(VENV)/bin/python -m pytest -m parity
+
+soak: $(VENV)/ready-dev  ## the long forms of the tests
+	$(VENV)/bin/python -m pytest -m soak
+
+lint: $(VENV)/ready-dev  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 13) else "Python 3.10 to 3.12 is needed, not %d.%d; make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: $(VENV)/bin/python $(MANIFESTS)
+	$(PIP) install --quiet $(PACKAGES)
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(PIP) install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)-parity/ready: tests/golden/requirements.txt
+	$(PYTHON) -m venv $(VENV)-parity
+	$(VENV)-parity/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-parity build dist

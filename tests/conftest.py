@@ -1,0 +1,180 @@
+"""Shared fixtures: the device, and fake plugin packages in a folder of their own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import importlib_metadata
+import pytest
+
+import sdxl_host
+
+# Test modules import MindSpore before the device fixture can set these: wait without spinning, and
+# say only what is an error. Nothing in a test may ask a hub for files.
+os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_COUNTER = itertools.count()
+GOLDEN = Path(__file__).parent / "golden"
+
+PLUGIN_SOURCE = """
+from sdxl_host import hookimpl
+
+{before}
+
+class Fake:
+    {options}
+
+    def __init__(self, options=None):
+        self.options = options
+
+    @hookimpl
+    def on_step_end(self):
+        pass
+"""
+
+
+class Site:
+    """A folder that stands for site-packages, with fake plugin distributions in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.modules: list[str] = []
+
+    def add(
+        self,
+        name: str,
+        options: str = "",
+        *,
+        source: str | None = None,
+        distribution: str | None = None,
+        version: str = "1.0",
+        requires: str = "sdxl-host>=0.1,<0.2",
+    ) -> str:
+        """Installs a plugin called `name` and returns its module's name.
+
+        options: lines of a dataclass body, such as `size: int = 3`. source: the whole module
+        instead, whose class is `Fake`.
+        """
+        distribution = distribution or f"fake-{name.replace('_', '-')}"
+        module = f"fake_{name.replace('-', '_')}_{next(_COUNTER)}"
+        if source is None:
+            source = plugin_source(options)
+        (self.folder / f"{module}.py").write_text(source, "utf-8")
+        information = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        information.mkdir()
+        information.joinpath("METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+            + (f"Requires-Dist: {requires}\n" if requires else ""),
+            "utf-8",
+        )
+        information.joinpath("entry_points.txt").write_text(
+            f"[sdxl_host.plugins]\n{name} = {module}:Fake\n", "utf-8"
+        )
+        self.modules.append(module)
+        importlib.invalidate_caches()
+        return module
+
+    @property
+    def python_path(self) -> str:
+        """PYTHONPATH for a process that shall see the host and these distributions."""
+        host = Path(sdxl_host.__file__).parents[1]
+        return os.pathsep.join([str(self.folder), str(host), *filter(None, [_outer_path()])])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever compares with golden arrays is run by `make parity` too."""
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.parity)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """MindSpore, imported and set to the CPU once for all tests that run it."""
+    from sdxl_host.device import prepare_device
+
+    return prepare_device("CPU")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden arrays: the stored ones, or those that `make parity` has just made."""
+    return Path(os.environ.get("SDXL_HOST_GOLDEN", GOLDEN))
+
+
+@pytest.fixture(scope="session")
+def deterministic() -> ModuleType:
+    """tests/golden/deterministic.py, which is not in a package."""
+    spec = importlib.util.spec_from_file_location("deterministic", GOLDEN / "deterministic.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fill(device: str, deterministic: ModuleType) -> Callable[..., dict]:
+    """Gives a cell the golden files' weights: `fill(cell, prefix)`.
+
+    Returns its parameters by their names in the single file, each of which begins with `prefix`.
+    """
+    from sdxl_host.weights.files import assign
+    from sdxl_host.weights.names import single_file_parameters
+
+    def fill_cell(cell, prefix: str) -> dict:
+        parameters = single_file_parameters(cell, prefix)
+        arrays = {n: deterministic.weight(n, tuple(p.shape)) for n, p in parameters.items()}
+        assign(parameters, arrays, "tests/golden")
+        return parameters
+
+    return fill_cell
+
+
+def plugin_source(options: str = "", before: str = "") -> str:
+    """A module with the plugin class `Fake`; `before` stands above it."""
+    if options:
+        body = "\n".join(f"    {line.strip()}" for line in options.strip().splitlines())
+        before = (
+            "from dataclasses import dataclass, field\nfrom typing import Any, Literal, Optional\n"
+            f"from sdxl_host import option\n{before}\n@dataclass\nclass Options:\n{body}\n"
+        )
+    return PLUGIN_SOURCE.format(before=before, options="Options = Options" if options else "pass")
+
+
+def _outer_path() -> str:
+    return os.environ.get("PYTHONPATH", "")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A `Site` whose distributions are the only plugins this process sees."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    found = Site(folder)
+
+    def entry_points(**selection: str) -> importlib_metadata.EntryPoints:
+        distributions = importlib_metadata.distributions(path=[str(folder)])
+        points = (point for one in distributions for point in one.entry_points)
+        return importlib_metadata.EntryPoints(points).select(**selection)
+
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(importlib_metadata, "entry_points", entry_points)
+    yield found
+    for module in found.modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def make_source():
+    """`plugin_source`, for tests that need a module of their own."""
+    return plugin_source

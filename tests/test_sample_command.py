@@ -1,0 +1,131 @@
+"""`sdxl-host sample`: a checkpoint is drawn from as it was trained, without being told how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdxl_host import plugins
+from sdxl_host.cli import main
+from sdxl_host.config import load
+from sdxl_host.diffusion.preconditioning import EpsPreconditioning
+from sdxl_host.sampling.restore import restore_sampler
+from sdxl_host.training.trainer import Trainer
+
+NANO = str(Path(__file__).parent / "nano.yaml")
+
+
+def trained(folder: Path, *arguments: str) -> Path:
+    """The checkpoint of a run of three steps."""
+    words = ["--config", NANO, "--save_path", str(folder), "optim.base_learning_rate=0.01"]
+    trainer = Trainer(load([*words, *arguments]), say=lambda line: None)
+    trainer.run()
+    return trainer.save_path / "checkpoints" / "latest"
+
+
+@pytest.fixture(scope="module")
+def plain(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("plain"), "--plugins", "none")
+
+
+@pytest.fixture(scope="module")
+def edm(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(
+        tmp_path_factory.mktemp("edm"), "--plugins", "edm,lpw", "--edm_sigma_data", "0.7"
+    )
+
+
+def sample(checkpoint: Path, *arguments: str) -> int:
+    return main(["sample", "--checkpoint", str(checkpoint), *arguments])
+
+
+def picture(file: Path) -> np.ndarray:
+    with Image.open(file) as opened:
+        return np.asarray(opened)
+
+
+def test_a_grid_is_written_where_out_says(plain: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "owl.png"
+    arguments = ["--prompt", "an owl", "--prompt", "a key", "--steps", "2", "--out", str(out)]
+    assert sample(plain, *arguments) == 0
+    said = capsys.readouterr().out
+    assert f"pictures    {out}" in said
+    assert "plugins     none" in said
+    assert "objective   eps, spacing trailing" in said
+    height, width, channels = picture(out).shape
+    assert channels == 3
+    assert width > 2 * 128
+    assert height > 128
+
+
+def test_a_model_trained_with_edm_samples_as_edm(edm: Path, tmp_path: Path, capsys) -> None:
+    assert sample(edm, "--prompt", "x", "--steps", "2", "--out", str(tmp_path / "g.png")) == 0
+    said = capsys.readouterr().out
+    assert "plugins     edm 0.1.0, lpw 0.1.0" in said
+    assert "objective   edm, spacing karras" in said
+    sampler, _ = restore_sampler(edm)
+    assert sampler._model.preconditioning.sigma_data == 0.7
+    assert sampler._model.sampling.sigma_max == 80.0
+    assert sampler._hooks.chain("encode_prompt") == "lpw"
+
+
+def test_the_preconditioning_is_what_decides(edm: Path, monkeypatch, device: str) -> None:
+    """The same weights drawn as eps give other pictures, so the record is not idle."""
+    sampler, _ = restore_sampler(edm)
+    right = sampler.draw(["an owl"], 2, 1.0, 0)
+    model = sampler._model.with_preconditioning(EpsPreconditioning(sampler._model.schedule))
+    sampler._model = model
+    assert not np.allclose(right, sampler.draw(["an owl"], 2, 1.0, 0))
+
+
+def test_a_picture_depends_on_seed_prompt_and_place_alone(plain: Path, device: str) -> None:
+    sampler, _ = restore_sampler(plain)
+    both = sampler.draw(["an owl", "a key"], 2, 3.0, 5)
+    np.testing.assert_array_equal(sampler.draw(["an owl"], 2, 3.0, 5)[0], both[0])
+    np.testing.assert_array_equal(sampler.draw(["a cat", "a key"], 2, 3.0, 5)[1], both[1])
+    assert not np.allclose(sampler.draw(["an owl"], 2, 3.0, 6)[0], both[0])
+    assert not np.allclose(sampler.draw(["an owl"], 2, 1.0, 5)[0], both[0])
+    assert not np.allclose(sampler.draw(["an owl"], 3, 3.0, 5)[0], both[0])
+
+
+def test_more_prompts_than_fit_a_batch_are_all_drawn(plain: Path, device: str) -> None:
+    sampler, _ = restore_sampler(plain)
+    prompts = [f"picture {number}" for number in range(10)]
+    drawn = sampler.draw(prompts, 1, 1.0, 0)
+    assert drawn.shape == (10, 3, 16, 16)
+    assert len({row.tobytes() for row in drawn}) == 10
+
+
+def test_a_plugin_that_is_gone_is_named(edm: Path, monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(plugins, "discover", lambda: [])
+    assert sample(edm, "--prompt", "x", "--out", str(tmp_path / "g.png")) == 2
+    assert "plugin edm is not installed; pip install sdxl-edm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere", "--prompt", "x"], "nowhere: is no checkpoint"),
+        (["--prompt", "x"], "--checkpoint"),
+        (["--checkpoint", "nowhere"], "--prompt"),
+        (["--checkpoint", "n", "--prompt", "x", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["--checkpoint", "n", "--prompt", "x", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--checkpoint", "n", "--prompt", "x", "--guidance_scale", "nan"], "--guidance_scale nan"),
+        (["--checkpoint", "n", "--prompt", "x", "--out", "a.jpg"], "must end with .png"),
+        (["--checkpoint", "n", "--prompt", "x", "--out", "file/a.png"], "can't be written"),
+        (["--checkpoint", "n", "--prompt", "x", "--stepz", "1"], "--stepz"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["sample", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sdxl-host: error: ")
+    assert said.count("\n") == 1
+    assert message in said

@@ -1,0 +1,296 @@
+"""Weights: their names, files that are read strictly, and initial values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+from safetensors import safe_open
+
+from sdxl_host.errors import DataError
+from sdxl_host.models.text_encoders import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder2
+from sdxl_host.models.unet import UNetModel
+from sdxl_host.weights import files
+from sdxl_host.weights.initial import initialize_network, initialize_text_encoder
+from sdxl_host.weights.names import UNET_PREFIX, single_file_parameters
+
+pytestmark = pytest.mark.usefixtures("device")
+
+Arrays = dict[str, np.ndarray]
+
+
+class Inner(nn.Cell):
+    """A norm of each kind, and a parameter of its own called as MindSpore calls a norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LayerNorm((4,))
+        self.group = nn.GroupNorm(2, 4)
+        self.gamma = Parameter(Tensor(np.zeros(3, np.float32)))
+
+
+class Outer(nn.Cell):
+    """Every kind of layer that the networks have, two deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.parts = nn.SequentialCell(nn.Dense(4, 4), nn.SiLU(), nn.Conv2d(4, 2, 1, has_bias=True))
+        self.inner = Inner()
+        self.beta = Parameter(Tensor(np.zeros((2, 2), np.float32)))
+
+
+SHAPES = {
+    "embedding.weight": (5, 4),
+    "parts.0.weight": (4, 4),
+    "parts.0.bias": (4,),
+    "parts.2.weight": (2, 4, 1, 1),
+    "parts.2.bias": (2,),
+    "inner.layer.weight": (4,),
+    "inner.layer.bias": (4,),
+    "inner.group.weight": (4,),
+    "inner.group.bias": (4,),
+    "inner.gamma": (3,),
+    "beta": (2, 2),
+}
+
+
+def values_of(parameters: dict[str, Parameter]) -> Arrays:
+    return {name: parameter.asnumpy().copy() for name, parameter in parameters.items()}
+
+
+def random_arrays(shapes: dict[str, tuple[int, ...]]) -> Arrays:
+    generator = np.random.default_rng(0)
+    return {n: generator.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+
+
+# ---- names
+
+
+def test_names_are_mapped_by_layer_type():
+    """A norm's gamma and beta and an embedding's table; a parameter called gamma stays gamma."""
+    found = single_file_parameters(Outer())
+    assert {name: tuple(parameter.shape) for name, parameter in found.items()} == SHAPES
+
+
+def test_names_begin_with_the_prefix():
+    names = single_file_parameters(Outer(), "model.diffusion_model.")
+    assert set(names) == {f"model.diffusion_model.{name}" for name in SHAPES}
+
+
+def test_every_parameter_has_one_name():
+    cell = Outer()
+    found = single_file_parameters(cell)
+    assert {id(p) for p in found.values()} == {id(p) for p in cell.get_parameters()}
+    assert len(found) == len(list(cell.get_parameters()))
+
+
+def test_names_do_not_change_with_mindspore_s_own():
+    """MindSpore's names are made unique in a graph; the file's are those of the structure."""
+    cell = Outer()
+    cell.update_parameters_name("somewhere.")
+    assert set(single_file_parameters(cell)) == set(SHAPES)
+
+
+# ---- assigning
+
+
+def test_assign_sets_every_parameter():
+    parameters = single_file_parameters(Outer())
+    arrays = random_arrays(SHAPES)
+    files.assign(parameters, arrays, "w.safetensors")
+    for name, values in values_of(parameters).items():
+        assert np.array_equal(values, arrays[name]), name
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_assign_makes_float32(dtype):
+    """Files of another precision are read; weights are float32."""
+    parameters = single_file_parameters(Outer())
+    arrays = {name: values.astype(dtype) for name, values in random_arrays(SHAPES).items()}
+    files.assign(parameters, arrays, "w.safetensors")
+    for name, values in values_of(parameters).items():
+        assert values.dtype == np.float32
+        assert np.array_equal(values, arrays[name].astype(np.float32)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inner.gamma": None}, "lacks inner.gamma; "),
+        ({"zeta": (2,)}, "holds weights that the model has no place for: zeta; "),
+        (
+            {"parts.0.bias": (5,)},
+            r"holds weights of another shape: parts.0.bias \(5,\) instead of \(4,\); ",
+        ),
+        ({"parts.0.weight": (16,)}, r"parts.0.weight \(16,\) instead of \(4, 4\); "),
+        (
+            dict.fromkeys(SHAPES),
+            r"lacks [\w.]+, [\w.]+, [\w.]+ and 8 more; ",
+        ),
+    ],
+    ids=["missing", "unknown", "misshapen", "flat", "empty"],
+)
+def test_assign_is_strict(change, message):
+    """The message names file and weight, and nothing is changed unless all fit."""
+    parameters = single_file_parameters(Outer())
+    before = values_of(parameters)
+    shapes = {name: shape for name, shape in (SHAPES | change).items() if shape is not None}
+    with pytest.raises(DataError, match=rf"^w\.safetensors: .*{message}.*model that the config"):
+        files.assign(parameters, random_arrays(shapes), "w.safetensors")
+    for name, values in values_of(parameters).items():
+        assert np.array_equal(values, before[name]), name
+
+
+# ---- files
+
+
+def test_files_round_trip(tmp_path):
+    """Names, shapes, types and bits come back, and the metadata is in the file."""
+    arrays = random_arrays(SHAPES) | {"half": np.arange(6, dtype=np.float16).reshape(2, 3)}
+    arrays |= {"count": np.array(7, np.int32), "turned": random_arrays({"x": (3, 4)})["x"].T}
+    path = tmp_path / "w.safetensors"
+    files.write(path, arrays, {"format": "sdxl-host", "step": "3"})
+    read = files.read(path)
+    assert read.keys() == arrays.keys()
+    for name, expected in arrays.items():
+        assert read[name].dtype == expected.dtype
+        assert np.array_equal(read[name], expected), name
+    with safe_open(path, "np") as file:
+        assert file.metadata() == {"format": "sdxl-host", "step": "3"}
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
+def test_pickled_files_are_never_read(tmp_path, suffix):
+    """Not even one whose bytes are safetensors."""
+    path = tmp_path / f"model{suffix}"
+    files.write(path, {"x": np.zeros(2, np.float32)}, {})
+    with pytest.raises(DataError, match=rf"model\{suffix}: .* may hold code .* convert it"):
+        files.read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"w\.safetensors: there is no such file"):
+        files.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -4])
+def test_a_truncated_file_is_named(tmp_path, kept):
+    """Cut in its length, its header or its numbers."""
+    path = tmp_path / "w.safetensors"
+    files.write(path, random_arrays(SHAPES), {})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"w\.safetensors: can't be read as safetensors .*again"):
+        files.read(path)
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_text("<html>404</html> " * 20)
+    with pytest.raises(DataError, match=r"w\.safetensors: can't be read as safetensors"):
+        files.read(path)
+
+
+# ---- initial weights
+
+
+def make_unet() -> UNetModel:
+    return UNetModel(
+        in_channels=3,
+        out_channels=3,
+        model_channels=32,
+        channel_mult=[1, 2],
+        num_res_blocks=1,
+        attention_resolutions=[2],
+        transformer_depth=[0, 1],
+        num_head_channels=32,
+        context_dim=16,
+        adm_in_channels=24,
+    )
+
+
+@pytest.fixture(scope="module")
+def initial(device: str) -> dict[int, Arrays]:
+    """Initial weights of a small U-Net by seed; each of a network of its own."""
+    made = {}
+    for seed in (1, 2):
+        unet = make_unet()
+        parameters = single_file_parameters(unet, UNET_PREFIX)
+        initialize_network(parameters, {id(p) for p in unet.zero_initialized()}, seed)
+        made[seed] = values_of(parameters)
+    return made
+
+
+def test_initial_weights_are_functions_of_seed_and_name(initial):
+    """The same again, whatever the order and whatever other parameters there are."""
+    unet = make_unet()
+    parameters = single_file_parameters(unet, UNET_PREFIX)
+    backwards = dict(reversed(list(parameters.items())))
+    for name in list(backwards)[::2]:
+        del backwards[name]
+    initialize_network(backwards, {id(p) for p in unet.zero_initialized()}, seed=1)
+    assert len(backwards) > 30
+    for name, values in values_of(backwards).items():
+        assert np.array_equal(values, initial[1][name]), name
+
+
+def test_initial_weights_differ_by_seed_and_by_name(initial):
+    drawn = {n: v for n, v in initial[1].items() if v.ndim >= 2 and v.any()}
+    assert len(drawn) > 30
+    for name, values in drawn.items():
+        assert not np.array_equal(values, initial[2][name]), name
+    firsts = [values.ravel()[0] * np.prod(values.shape[1:]) ** 0.5 for values in drawn.values()]
+    assert len(np.unique(np.round(firsts, 6))) == len(firsts)
+
+
+def test_initial_weights_of_the_network(initial):
+    """Uniform in +-1/sqrt(fan in), norms 1 and 0, biases 0, the ends of residuals 0."""
+    ends = ("out_layers.3.weight", "proj_out.weight", ".out.2.weight")
+    for name, values in initial[1].items():
+        assert values.dtype == np.float32
+        if values.ndim < 2:
+            is_norm = name.endswith(("in_layers.0.weight", "out_layers.0.weight", "out.0.weight"))
+            is_norm |= ".norm" in name and name.endswith("weight")
+            assert (values == (1 if is_norm else 0)).all(), name
+        elif name.endswith(ends):
+            assert (values == 0).all(), name
+        else:
+            bound = np.prod(values.shape[1:]) ** -0.5
+            assert 0.9 * bound < np.abs(values).max() <= bound * (1 + 1e-6), name
+            assert np.abs(values.mean()) < 5 * bound / (3 * values.size) ** 0.5, name
+            assert values.std() == pytest.approx(bound / 3**0.5, rel=0.1), name
+
+
+def deviation(name: str, values: np.ndarray) -> float:
+    """The standard deviation of a text encoder's matrix or table."""
+    if name.endswith("token_embedding.weight"):
+        return 1.0
+    if "position" in name:
+        return 0.3
+    return values.shape[1] ** -0.5 * (3.0 if name.endswith("out_proj.weight") else 1.0)
+
+
+@pytest.mark.parametrize("cls", [FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder2])
+def test_initial_weights_of_a_text_encoder(cls):
+    """Tokens have unit variance, positions less, matrices 1/fan in and attention's output more;
+    norms are 1 and 0 and biases 0.
+
+    All are functions of seed and name: two encoders of one seed are equal bit for bit.
+    """
+    index = {"layer_idx": 1} if cls is FrozenCLIPEmbedder else {}
+    made = []
+    for seed in (1, 1, 2):
+        cell = cls(width=16, layers=1, heads=2, **index)
+        parameters = single_file_parameters(cell)
+        initialize_text_encoder(cell, parameters, seed)
+        made.append(values_of(parameters))
+    first, again, other = made
+    for name, values in first.items():
+        assert np.array_equal(values, again[name]), name
+        if values.ndim >= 2:
+            assert not np.array_equal(values, other[name]), name
+            assert values.std() == pytest.approx(deviation(name, values), rel=0.15), name
+        elif name.endswith("logit_scale"):
+            assert values == pytest.approx(np.log(1 / 0.07), rel=1e-6)
+        else:
+            assert (values == (1 if name.endswith("weight") else 0)).all(), name
