@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import itertools
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +104,21 @@ def device() -> str:
     from sdxl_host.device import prepare_device
 
     return prepare_device("CPU")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection or look-up of a host fails the test."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"a connection was opened: {arguments}")
+
+    for owner, name in (
+        (socket.socket, "connect"),
+        (socket.socket, "connect_ex"),
+        (socket, "getaddrinfo"),
+    ):
+        monkeypatch.setattr(owner, name, refuse)
 
 
 @pytest.fixture(scope="session")

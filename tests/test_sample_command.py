@@ -61,6 +61,13 @@ def test_a_grid_is_written_where_out_says(plain: Path, tmp_path: Path, capsys) -
     assert height > 128
 
 
+def test_sampling_and_listing_open_no_network_connection(
+    plain: Path, tmp_path: Path, no_network: None
+) -> None:
+    assert sample(plain, "--prompt", "x", "--steps", "1", "--out", str(tmp_path / "g.png")) == 0
+    assert main(["plugins"]) == 0
+
+
 def test_a_model_trained_with_edm_samples_as_edm(edm: Path, tmp_path: Path, capsys) -> None:
     assert sample(edm, "--prompt", "x", "--steps", "2", "--out", str(tmp_path / "g.png")) == 0
     said = capsys.readouterr().out
