@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -78,12 +77,3 @@ def _help() -> str:
         "sdxl-host COMMAND --help tells more; sdxl-host --version gives the version.",
     ]
     return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are the program's own: one line, exit code 2."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        from sdxl_host.errors import ConfigError
-
-        raise ConfigError(f"{message}; {self.prog} --help tells how to call it")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sdxl_host.cli import Parser
+from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.plugins import Installed, discover, fitting
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdxl_host.cli import Parser
+from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, DataError
 
 __all__ = ["sample"]

@@ -1,0 +1,16 @@
+"""Arguments of the smaller commands."""
+
+from __future__ import annotations
+
+import argparse
+
+from sdxl_host.errors import ConfigError
+
+__all__ = ["Parser"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are the program's own: one line, exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message}; {self.prog} --help tells how to call it")
