@@ -49,7 +49,7 @@ def _help() -> str:
         "",
         "With no --config, trains a small model on pictures that the package carries.",
         "",
-        *(f"  --{name:<22}{kind:<14}{text}" for name, kind, text in flags),
+        *(f"  --{name:<22}{kind:<26}{text}" for name, kind, text in flags),
         "",
         f"Plugins installed: {names}. An option of a plugin is a flag too, --snr_gamma 5.0, and",
         "selects it; sdxl-host plugins --check lists them.",

@@ -26,7 +26,7 @@ def restore_sampler(folder: Path) -> tuple[PictureSampler, list[str]]:
     hooks.load_state_dict(checkpoint.plugin_states())
     names = ", ".join(f"{p['name']} {p['version']}" for p in checkpoint.plugins) or "none"
     lines = [
-        f"checkpoint  {checkpoint.folder} (step {checkpoint.step})",
+        f"checkpoint  {folder} (step {checkpoint.step})",
         f"plugins     {names}",
         f"objective   {model.preconditioning.name}, spacing {model.sampling.spacing}",
     ]
