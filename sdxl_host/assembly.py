@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mindspore import Parameter, nn
 
@@ -24,8 +23,8 @@ NETWORK_FILE = "network.safetensors"
 FROZEN_FILE = "frozen.safetensors"
 
 
-def make_hooks(config: RunConfig, observers: Sequence[Any] = ()) -> Hooks:
-    """The hooks of a run: each selected plugin with its options, then the host's observers."""
+def make_hooks(config: RunConfig) -> Hooks:
+    """The hooks of a run, with each selected plugin and its options."""
     plugins = []
     for selected in config.plugins:
         try:
@@ -39,7 +38,7 @@ def make_hooks(config: RunConfig, observers: Sequence[Any] = ()) -> Hooks:
                 f"{type(error).__name__}: {error}; mend the plugin, or run without it"
             ) from error
         plugins.append(Plugin(selected.installed, selected.options, instance))
-    return Hooks(Defaults(), plugins, observers)
+    return Hooks(Defaults(), plugins)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
 from sdxl_host.config import packaged_configs
@@ -670,3 +671,11 @@ def test_the_demo_configs_names_are_carried():
     node = yaml.safe_load((packaged_configs() / "learn_demo.yaml").read_text("utf-8"))
     data = Text2ImageDataset(**node["data"]["dataset_config"]["params"])
     assert len(data) == len({picture.name for picture in data.pictures}) == 16
+
+
+def test_the_learning_run_takes_the_pictures_that_differ_most():
+    """demo16.txt, which the script that makes the pictures writes, and the config agree."""
+    root = Path(__file__).parents[1]
+    config = OmegaConf.load(root / "configs" / "learn_demo.yaml")
+    chosen = (root / "sdxl_host" / "data" / "demo16.txt").read_text().split()
+    assert list(config.data.dataset_config.params.only) == chosen

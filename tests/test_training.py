@@ -226,11 +226,29 @@ class Counter:
 
 
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a stateful plugin `counting` selectable, as an installed package would be."""
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, type], None]:
+    """Makes a class selectable as the plugin of a name, beside those that are installed."""
     from packaging.specifiers import SpecifierSet
 
-    from sdxl_host import hookimpl, plugins
+    from sdxl_host import plugins
+
+    def install_class(name: str, cls: type) -> None:
+        found = plugins.Installed(
+            name, f"sdxl-{name}", "1.0", SpecifierSet(">=0.1"), f"{name}_module", cls.__name__
+        )
+        discover, import_class = plugins.discover, plugins.import_class
+        monkeypatch.setattr(plugins, "discover", lambda: [*discover(), found])
+        monkeypatch.setattr(
+            plugins, "import_class", lambda plugin: cls if plugin == found else import_class(plugin)
+        )
+
+    return install_class
+
+
+@pytest.fixture
+def counting(install: Callable[[str, type], None]) -> None:
+    """Makes a stateful plugin `counting` selectable, as an installed package would be."""
+    from sdxl_host import hookimpl
 
     class Counting(Counter):
         @hookimpl(wrapper=True)
@@ -250,14 +268,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
         def load_state_dict(self, state: dict[str, object]) -> None:
             self.asked, self.seen = state["asked"], state["seen"]  # type: ignore[assignment]
 
-    installed = plugins.Installed(
-        "counting", "sdxl-counting", "1.0", SpecifierSet(">=0.1"), "counting_module", "Counting"
-    )
-    real_discover, real_import = plugins.discover, plugins.import_class
-    monkeypatch.setattr(plugins, "discover", lambda: [*real_discover(), installed])
-    monkeypatch.setattr(
-        plugins, "import_class", lambda p: Counting if p.name == "counting" else real_import(p)
-    )
+    install("counting", Counting)
 
 
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
@@ -380,11 +391,9 @@ def _host_hook(name: str, answer: Callable[..., object]) -> Callable[..., object
 
 
 def test_a_plugin_that_stops_the_run_gets_a_checkpoint_of_that_step(
-    train: Train, monkeypatch: pytest.MonkeyPatch
+    train: Train, install: Callable[[str, type], None]
 ) -> None:
-    from packaging.specifiers import SpecifierSet
-
-    from sdxl_host import hookimpl, plugins
+    from sdxl_host import hookimpl
 
     class Stopping:
         @hookimpl
@@ -396,24 +405,18 @@ def test_a_plugin_that_stops_the_run_gets_a_checkpoint_of_that_step(
             if result.step == 2:
                 trainer.stop("seen enough")
 
-    installed = plugins.Installed(
-        "stopping", "sdxl-stopping", "1.0", SpecifierSet(">=0.1"), "none", "Stopping"
-    )
-    monkeypatch.setattr(plugins, "discover", lambda: [installed])
-    monkeypatch.setattr(plugins, "import_class", lambda p: Stopping)
+    install("stopping", Stopping)
     run = train("--plugins", "stopping")
     assert len(metrics(run)) == 2
     assert (run / "checkpoints" / "latest").resolve().name == "step_00000002"
 
 
 def test_a_plugin_changes_the_network_and_chooses_what_is_trained(
-    train: Train, plain: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, plain: Path, install: Callable[[str, type], None]
 ) -> None:
     """`with_network`: the change runs on the loaded network, only the chosen parameters move, and
     export writes into each checkpoint."""
-    from packaging.specifiers import SpecifierSet
-
-    from sdxl_host import hookimpl, plugins
+    from sdxl_host import hookimpl
 
     seen = []
 
@@ -429,11 +432,7 @@ def test_a_plugin_changes_the_network_and_chooses_what_is_trained(
                 ),
             )
 
-    installed = plugins.Installed(
-        "partial", "sdxl-partial", "1.0", SpecifierSet(">=0.1"), "none", "Partial"
-    )
-    monkeypatch.setattr(plugins, "discover", lambda: [installed])
-    monkeypatch.setattr(plugins, "import_class", lambda p: Partial)
+    install("partial", Partial)
     base = plain / "checkpoints" / "latest"
     run = train("--plugins", "partial", "--weight", str(base))
     assert len(seen) == 1
@@ -445,25 +444,16 @@ def test_a_plugin_changes_the_network_and_chooses_what_is_trained(
 
 
 def test_two_plugins_in_conflict_are_refused_before_anything_is_built(
-    train: Train, monkeypatch: pytest.MonkeyPatch
+    train: Train, install: Callable[[str, type], None]
 ) -> None:
-    from packaging.specifiers import SpecifierSet
-
-    from sdxl_host import hookimpl, plugins
+    from sdxl_host import hookimpl
 
     class Other:
         @hookimpl
         def weight_loss(self, noise):  # type: ignore[no-untyped-def]
             return noise.snr
 
-    installed = plugins.Installed(
-        "other", "sdxl-other", "2.0", SpecifierSet(">=0.1"), "none", "Other"
-    )
-    real_discover, real_import = plugins.discover, plugins.import_class
-    monkeypatch.setattr(plugins, "discover", lambda: [*real_discover(), installed])
-    monkeypatch.setattr(
-        plugins, "import_class", lambda p: Other if p.name == "other" else real_import(p)
-    )
+    install("other", Other)
     with pytest.raises(PluginError, match=r"claimed by two plugins, snr .* and other \(sdxl-other"):
         train("--plugins", "snr,other")
 
