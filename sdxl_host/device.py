@@ -7,7 +7,7 @@ import warnings
 
 from sdxl_host.errors import ConfigError
 
-__all__ = ["prepare_device"]
+__all__ = ["on_ascend", "prepare_device"]
 
 
 def prepare_device(target: str = "auto") -> str:
@@ -44,3 +44,10 @@ def prepare_device(target: str = "auto") -> str:
     # Compiled parts are marked as such; the rest runs eagerly either way.
     ms.set_context(mode=ms.PYNATIVE_MODE)
     return chosen
+
+
+def on_ascend() -> bool:
+    """Whether MindSpore computes on an Ascend device."""
+    import mindspore as ms
+
+    return ms.get_current_device().device_target == "Ascend"

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 
+import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn, ops
 
+from sdxl_host.models import attention as module
 from sdxl_host.models.attention import (
     GEGLU,
+    BlockwiseAttention,
     CrossAttention,
+    SelfAttention,
     SpatialTransformer,
     attention,
+    attention_in_use,
     gelu,
     mask_bias,
 )
@@ -152,3 +159,188 @@ def test_a_transformer_whose_projection_is_0_is_the_identity():
     context = Tensor(np.ones((2, 3, 6), np.float32))
     output = cell(Tensor(x), context, mask_bias(Tensor(np.ones((2, 3), np.float32))))
     assert np.array_equal(output.asnumpy(), x)
+
+
+# ---- blocks of queries
+
+
+def blockwise_case(length: int, keys: int) -> tuple[np.ndarray, ...]:
+    """Query, key, value and the slope of the output for 3 rows of width 8, float32."""
+    generator = np.random.default_rng(length)
+    shapes = [(3, length, 8), (3, keys, 8), (3, keys, 8), (3, length, 8)]
+    return tuple(generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def softmax_gradients(query, key, value, slope) -> tuple[np.ndarray, ...]:
+    """Output, and the gradients of sum(output * slope), in float64 from the whole matrix."""
+    q, k, v, g = (x.astype(np.float64) for x in (query, key, value, slope))
+    weights = np.exp(q @ k.swapaxes(1, 2))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    d_weights = g @ v.swapaxes(1, 2)
+    centre = (d_weights * weights).sum(axis=-1, keepdims=True)
+    d_scores = weights * (d_weights - centre)
+    return (
+        weights @ v,
+        d_scores @ k,
+        d_scores.swapaxes(1, 2) @ q,
+        weights.swapaxes(1, 2) @ g,
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("length", "keys", "block"), [(12, 12, 12), (12, 12, 5), (7, 12, 1)], ids=str
+)
+def test_blocks_give_the_softmax_and_its_gradients(monkeypatch, jit, length, keys, block):
+    """One block, blocks that do not divide the length, and blocks of one query."""
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 3 * keys * block)
+    case = blockwise_case(length, keys)
+    cell = BlockwiseAttention()
+
+    class Weighted(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.inner = cell
+
+        def construct(self, query, key, value, slope):
+            out = self.inner(query, key, value)
+            return (out * slope).sum(), out
+
+    function = ms.value_and_grad(Weighted(), (0, 1, 2), has_aux=True)
+    if jit:
+        function = ms.jit(function)
+    (_, out), gradients = function(*map(Tensor, case))
+    for made, expected in zip((out, *gradients), softmax_gradients(*case), strict=True):
+        np.testing.assert_allclose(made.asnumpy(), expected, atol=5e-6)
+
+
+def test_the_scores_of_a_long_sequence_are_never_whole(monkeypatch):
+    """4096 tokens, 10 heads of SDXL: no product exceeds the limit, in either pass."""
+    sizes: list[int] = []
+    cell = BlockwiseAttention()
+
+    def recording(product):
+        def multiply(a, b):
+            result = product(a, b)
+            sizes.append(4 * result.size)
+            return result
+
+        return multiply
+
+    for name in ("multiply", "multiply_transposed", "transposed_multiply"):
+        monkeypatch.setattr(cell, name, recording(getattr(cell, name)))
+    x = Tensor(np.zeros((10, 4096, 2), np.float32))
+    out = cell.construct(x, x, x)
+    cell.bprop(x, x, x, out, out)
+    assert len(sizes) == 10 * 2 + 10 * 5  # ten blocks
+    assert max(sizes) < 1.01 * module._BLOCK_BYTES < 10 * 4096 * 4096
+
+
+def test_self_attention_is_cross_attention_to_itself():
+    cell, other = SelfAttention(12, 3), CrossAttention(12, 12, 3)
+    generator = np.random.default_rng(1)
+    for mine, theirs in zip(cell.get_parameters(), other.get_parameters(), strict=True):
+        values = Tensor(generator.standard_normal(mine.shape).astype(np.float32))
+        mine.set_data(values)
+        theirs.set_data(values)
+    x = Tensor(generator.standard_normal((2, 9, 12)).astype(np.float32))
+    np.testing.assert_allclose(cell(x).asnumpy(), other(x, x, None).asnumpy(), atol=1e-5)
+
+
+# ---- Ascend's operator, which can't run here
+
+
+def flash_attention_stand_in(
+    query,
+    key,
+    value,
+    head_num,
+    real_shift=None,
+    drop_mask=None,
+    padding_mask=None,
+    attn_mask=None,
+    prefix=None,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    keep_prob=1.0,
+    scalar_value=1.0,
+    pre_tokens=2147483647,
+    next_tokens=2147483647,
+    inner_precise=0,
+    input_layout="BSH",
+    sparse_mode=0,
+):
+    """What the docstring of mindspore.ops.flash_attention_score says, in numpy."""
+    for tensor in (query, key, value):
+        if tensor.dtype not in (ms.float16, ms.bfloat16):
+            raise TypeError(
+                f"flash_attention_score: takes float16 and bfloat16, not {tensor.dtype}"
+            )
+    assert sparse_mode == 0
+    q, k, v = (tensor.asnumpy().astype(np.float64) for tensor in (query, key, value))
+    if input_layout == "BSH":
+        q, k, v = (x.reshape(*x.shape[:2], head_num, -1).swapaxes(1, 2) for x in (q, k, v))
+    elif input_layout == "BSND":
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    else:
+        assert input_layout == "BNSD"
+    if q.shape[-1] % 16:
+        raise ValueError(f"head size {q.shape[-1]} is no multiple of 16")
+    scores = scalar_value * (q @ k.swapaxes(2, 3))
+    if attn_mask is not None:
+        scores = np.where(attn_mask.asnumpy().astype(bool), -np.inf, scores)  # 1: discard
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    mixed = weights / weights.sum(axis=-1, keepdims=True) @ v
+    if input_layout != "BNSD":
+        mixed = mixed.swapaxes(1, 2)
+    return Tensor(mixed.reshape(query.shape).astype(np.float16))
+
+
+def test_the_stand_in_has_the_installed_signature():
+    installed = inspect.signature(ops.flash_attention_score)
+    assert installed == inspect.signature(flash_attention_stand_in)
+
+
+def test_flash_attention_is_plain_attention(monkeypatch):
+    """Scale, layout and heads are those of the plain form, to float16's rounding."""
+    monkeypatch.setattr(ops, "flash_attention_score", flash_attention_stand_in)
+    generator = np.random.default_rng(2)
+    x = [generator.standard_normal((2, n, 64)).astype(np.float16) for n in (9, 5, 5)]
+    made = module.flash_attention(*map(Tensor, x), 4).asnumpy()
+    plain = attention(*[Tensor(each.astype(np.float32)) for each in x], 4, None).asnumpy()
+    np.testing.assert_allclose(made, plain, atol=2e-3)
+
+
+@pytest.mark.parametrize(("flash", "dtype", "used"), [
+    (True, ms.float16, True), (True, ms.float32, False), (False, ms.float16, False),
+])  # fmt: skip
+def test_self_attention_takes_the_operator_where_it_may(monkeypatch, flash, dtype, used):
+    """In float16 where the cell was built for it; in float32 the plain form, never an error."""
+    calls: list[int] = []
+
+    def operator(*arguments, **options):
+        calls.append(1)
+        return flash_attention_stand_in(*arguments, **options)
+
+    monkeypatch.setattr(ops, "flash_attention_score", operator)
+    cell = SelfAttention(32, 2, flash).to_float(dtype)
+    for part in (cell.to_q, cell.to_k, cell.to_v, cell.to_out[0]):
+        part.to_float(dtype)
+    x = Tensor(np.random.default_rng(3).standard_normal((1, 5, 32)), dtype)
+    out = cell(x)
+    assert out.dtype == dtype
+    assert bool(calls) == used
+
+
+@pytest.mark.parametrize(
+    ("configured", "device_name", "half", "begins"),
+    [
+        ("flash-attention", "Ascend", True, "flash-attention"),
+        ("flash-attention", "Ascend", False, "plain, .* needs float16 or bfloat16"),
+        ("flash-attention", "CPU", False, "plain, .* needs an Ascend device"),
+        ("vanilla", "Ascend", True, "plain, in blocks where sequences are long$"),
+    ],
+)
+def test_what_is_used_is_said(configured, device_name, half, begins):
+    said = attention_in_use(configured, device_name, half)
+    assert re.match(begins, said)

@@ -8,11 +8,28 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-__all__ = ["CrossAttention", "SpatialTransformer", "attention", "gelu", "mask_bias"]
+__all__ = [
+    "ATTENTION_TYPES",
+    "BlockwiseAttention",
+    "CrossAttention",
+    "SelfAttention",
+    "SpatialTransformer",
+    "attention",
+    "attention_in_use",
+    "flash_attention",
+    "gelu",
+    "mask_bias",
+]
+
+ATTENTION_TYPES = ("flash-attention", "vanilla")
 
 # Added to the scores of masked keys. Finite, so float16 holds it and a softmax over it is
 # defined; its exponential underflows to exactly 0 beside any attended score.
 MASKED_SCORE = -30000.0
+
+# Scores of self-attention that may be held at once; a longer sequence is taken in blocks.
+_BLOCK_BYTES = 64 << 20
+_HALF_TYPES = (ms.float16, ms.bfloat16)
 
 
 def mask_bias(mask: Tensor) -> Tensor:
@@ -24,7 +41,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tenso
     """Softmax attention: query (B, Lq, C), key and value (B, Lk, C) -> (B, Lq, C).
 
     C is split into `heads`; scores are scaled by 1/sqrt(C / heads). bias: (B, 1, Lk), added to
-    the scores of every head and query, or None.
+    the scores of every head and query, or None. The whole score matrix is held.
     """
     batch, length, channels = query.shape
     width = channels // heads
@@ -37,8 +54,33 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tenso
             scores.dtype
         )
         scores = by_head.reshape(scores.shape)
-    mixed = ops.bmm(ops.softmax(scores, axis=-1), v)
-    return mixed.reshape(batch, heads, length, width).swapaxes(1, 2).reshape(query.shape)
+    # In float32 at every precision level: with many keys, float16 would round small weights away.
+    weights = ops.softmax(scores.astype(ms.float32), axis=-1).astype(v.dtype)
+    return _join_heads(ops.bmm(weights, v), heads)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """The same without a bias by Ascend's fused operator, in float16 or bfloat16.
+
+    The head's width C / heads must be a multiple of 16. Only Ascend has the operator.
+    """
+    width = query.shape[-1] // heads
+    return ops.flash_attention_score(
+        query, key, value, heads, scalar_value=width**-0.5, input_layout="BSH"
+    )
+
+
+def attention_in_use(configured: str, device: str, half: bool) -> str:
+    """What self-attention runs as, and why where it is not what the config names.
+
+    device: "Ascend" or "CPU". half: whether the network computes in float16 or bfloat16.
+    """
+    if configured == "flash-attention":
+        if device == "Ascend" and half:
+            return "flash-attention"
+        lacking = "an Ascend device" if device != "Ascend" else "float16 or bfloat16"
+        return f"plain, in blocks where sequences are long (flash-attention needs {lacking})"
+    return "plain, in blocks where sequences are long"
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -46,6 +88,74 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     batch, length, channels = x.shape
     split = x.reshape(batch, length, heads, channels // heads).swapaxes(1, 2)
     return split.reshape(batch * heads, length, channels // heads)
+
+
+def _join_heads(x: Tensor, heads: int) -> Tensor:
+    """(B * heads, L, C / heads) -> (B, L, C)."""
+    rows, length, width = x.shape
+    joined = x.reshape(rows // heads, heads, length, width).swapaxes(1, 2)
+    return joined.reshape(rows // heads, length, heads * width)
+
+
+def _block_length(rows: int, keys: int) -> int:
+    """Queries in a block: its scores over `keys`, for `rows` of batch times heads, fill the limit.
+
+    Rounded up rather than by `max`, which the compiler can't take in a `bprop`.
+    """
+    return 1 + (_BLOCK_BYTES - 1) // (4 * rows * keys)
+
+
+class BlockwiseAttention(nn.Cell):
+    """Softmax attention without bias that never holds more than a block of the scores.
+
+    The backward pass makes each block's softmax again, so it holds no more than the forward one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Primitives, because the compiler can't take the functions `ops.softmax` and `ops.bmm`
+        # in a `bprop`.
+        self.softmax = ops.Softmax(axis=-1)
+        self.multiply = ops.BatchMatMul()
+        self.multiply_transposed = ops.BatchMatMul(transpose_b=True)  # a b^T
+        self.transposed_multiply = ops.BatchMatMul(transpose_a=True)  # a^T b
+        self.sum = ops.ReduceSum(keep_dims=True)
+
+    def construct(self, query, key, value):
+        """query (N, Lq, D), scaled; key and value (N, Lk, D) -> (N, Lq, D); N: batch * heads."""
+        length = _block_length(key.shape[0], key.shape[1])
+        outputs = ()
+        for start in range(0, query.shape[1], length):
+            block = query[:, start : start + length]
+            if outputs:
+                # One block after another: side by side they would need all the memory at once.
+                block = ops.depend(block, outputs[-1])
+            probabilities = self.softmax(self.multiply_transposed(block, key))
+            outputs = (*outputs, self.multiply(probabilities, value))
+        return ops.concat(outputs, axis=1)
+
+    def bprop(self, query, key, value, out, d_out):
+        # Softmax's gradient is p * (dp - c) with c = sum(p * dp), which is out . d_out. One more
+        # channel takes c away within the product: on CPU, broadcasting c over a block would need
+        # index tables several times the block's size.
+        centre = self.sum(out * d_out, -1)
+        slopes = ops.concat((d_out, -centre), axis=-1)
+        values = ops.concat((value, ops.ones_like(value[:, :, :1])), axis=-1)
+        length = _block_length(key.shape[0], key.shape[1])
+        d_query = ()
+        d_key = ops.zeros_like(key)
+        d_value = ops.zeros_like(value)
+        for start in range(0, query.shape[1], length):
+            stop = start + length
+            # Through d_key each block waits for the one before.
+            block = ops.depend(query[:, start:stop], d_key)
+            slope = ops.depend(slopes[:, start:stop], d_key)
+            probabilities = self.softmax(self.multiply_transposed(block, key))
+            d_value = d_value + self.transposed_multiply(probabilities, d_out[:, start:stop])
+            d_scores = probabilities * self.multiply_transposed(slope, values)
+            d_query = (*d_query, self.multiply(d_scores, key))
+            d_key = d_key + self.transposed_multiply(d_scores, block)
+        return ops.concat(d_query, axis=1), d_key, d_value
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -57,7 +167,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Cell):
-    """Multi-head attention over a context; over the sequence itself when there is none."""
+    """Multi-head attention over a context.
+
+    Its keys are few (77 to some hundreds) and some may be masked, so the plain form serves.
+    """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -67,10 +180,35 @@ class CrossAttention(nn.Cell):
         self.to_v = nn.Dense(context_dim, query_dim, has_bias=False)
         self.to_out = nn.SequentialCell(nn.Dense(query_dim, query_dim))
 
-    def construct(self, x, context, bias=None):
+    def construct(self, x, context, bias):
         """x (B, L, C), context (B, Lk, context_dim), bias (B, 1, Lk) or None -> (B, L, C)."""
         mixed = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, bias)
         return self.to_out(mixed)
+
+
+class SelfAttention(CrossAttention):
+    """Multi-head attention of a sequence to itself.
+
+    flash: use Ascend's fused operator wherever it takes the input's type.
+    """
+
+    def __init__(self, dim: int, heads: int, flash: bool = False) -> None:
+        super().__init__(dim, dim, heads)
+        self.flash = flash
+        self.scale = (dim // heads) ** -0.5
+        self.blockwise = BlockwiseAttention()
+
+    def construct(self, x):
+        """x (B, L, C) -> (B, L, C)."""
+        query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)
+        if self.flash and query.dtype in _HALF_TYPES:
+            return self.to_out(flash_attention(query, key, value, self.heads))
+        mixed = self.blockwise(
+            _split_heads(query * self.scale, self.heads),
+            _split_heads(key, self.heads),
+            _split_heads(value, self.heads),
+        )
+        return self.to_out(_join_heads(mixed, self.heads))
 
 
 class GEGLU(nn.Cell):
@@ -102,9 +240,9 @@ class FeedForward(nn.Cell):
 class BasicTransformerBlock(nn.Cell):
     """Self-attention, cross-attention and feed-forward, each behind a norm and a residual."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+    def __init__(self, dim: int, context_dim: int, heads: int, flash: bool) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, heads)
+        self.attn1 = SelfAttention(dim, heads, flash)
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, context_dim, heads)
         self.norm1 = nn.LayerNorm((dim,), epsilon=1e-5)
@@ -113,21 +251,25 @@ class BasicTransformerBlock(nn.Cell):
 
     def construct(self, x, context, bias):
         """x (B, L, dim), context (B, Lk, context_dim), bias (B, 1, Lk) -> (B, L, dim)."""
-        normed = self.norm1(x)
-        x = self.attn1(normed, normed) + x
+        x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context, bias) + x
         return self.ff(self.norm3(x)) + x
 
 
 class SpatialTransformer(nn.Cell):
-    """Transformer blocks over the pixels of a feature map, as a residual."""
+    """Transformer blocks over the pixels of a feature map, as a residual.
 
-    def __init__(self, channels: int, heads: int, depth: int, context_dim: int) -> None:
+    flash: see `SelfAttention`.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, depth: int, context_dim: int, flash: bool = False
+    ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Dense(channels, channels)
         self.transformer_blocks = nn.CellList(
-            [BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)]
+            [BasicTransformerBlock(channels, context_dim, heads, flash) for _ in range(depth)]
         )
         self.proj_out = nn.Dense(channels, channels)
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import mindspore as ms
 from mindspore import nn, ops
 
-from sdxl_host.models.attention import SpatialTransformer, mask_bias
+from sdxl_host.device import on_ascend
+from sdxl_host.models.attention import ATTENTION_TYPES, SpatialTransformer, mask_bias
 from sdxl_host.models.embedding import sinusoidal_embedding
 
 __all__ = ["UNetModel"]
 
 _GROUPS = 32  # of every group norm in the original
-_ATTENTION_TYPES = ("flash-attention", "vanilla")
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -111,7 +111,8 @@ class UNetModel(nn.Cell):
         adm_in_channels: width of the vector (pooled text and sizes).
         num_classes: "sequential", SDXL's vector conditioning.
         use_spatial_transformer, use_linear_in_transformer: True, as in SDXL.
-        spatial_transformer_attn_type: "flash-attention" or "vanilla"; on CPU both are the same.
+        spatial_transformer_attn_type: "flash-attention", Ascend's fused operator for the
+            self-attention wherever the network computes in float16 or bfloat16; or "vanilla".
         use_recompute: trade time for memory in the backward pass, block by block.
         legacy: False, as in SDXL.
 
@@ -149,10 +150,10 @@ class UNetModel(nn.Cell):
         _require(use_linear_in_transformer, "use_linear_in_transformer", False, "True")
         _require(not legacy, "legacy", legacy, "False")
         _require(
-            spatial_transformer_attn_type in _ATTENTION_TYPES,
+            spatial_transformer_attn_type in ATTENTION_TYPES,
             "spatial_transformer_attn_type",
             spatial_transformer_attn_type,
-            " or ".join(_ATTENTION_TYPES),
+            " or ".join(ATTENTION_TYPES),
         )
         _require(len(depths) == levels, "transformer_depth", depths, f"{levels} numbers")
         _require(
@@ -163,6 +164,9 @@ class UNetModel(nn.Cell):
         self.model_channels = model_channels
         self.adm_in_channels = adm_in_channels
         self.context_dim = context_dim
+        self.downsampling = 2 ** (levels - 1)
+        self.attention_type = spatial_transformer_attn_type
+        flash = self.attention_type == "flash-attention" and on_ascend()
         emb_dim = model_channels * 4
         self.time_embed = nn.SequentialCell(
             nn.Dense(model_channels, emb_dim), nn.SiLU(), nn.Dense(emb_dim, emb_dim)
@@ -181,7 +185,7 @@ class UNetModel(nn.Cell):
                 f"a divisor of the level's {channels} channels",
             )
             return SpatialTransformer(
-                channels, channels // num_head_channels, depths[level], context_dim
+                channels, channels // num_head_channels, depths[level], context_dim, flash
             )
 
         def has_attention(level: int) -> bool:
