@@ -41,10 +41,11 @@ class Lazy(Generic[T]):
 class Sampling:
     """How pictures are drawn from this model unless the user says otherwise.
 
-    spacing: "trailing", evenly spaced timesteps from the noisiest down, as SDXL; or "karras",
-        Karras et al. 2022 eq. 5 between sigma_max and sigma_min with rho 7.
+    spacing: "trailing", evenly spaced timesteps from the noisiest down, as SDXL; "karras",
+        Karras et al. 2022 eq. 5 between sigma_max and sigma_min with rho 7; or "edm", the same
+        between their own 80 and 0.002, which the model's range must hold.
     sigma_min, sigma_max: the range of noise levels the model was trained on.
-    sampler: "euler".
+    sampler: "euler", "euler_a" (ancestral), "heun" or "dpmpp_2m".
     """
 
     spacing: str

@@ -15,8 +15,9 @@ import pytest
 from mindspore import Parameter, Tensor, ops
 
 from sdxl_host.models.unet import UNetModel
+from sdxl_host.weights.architecture import NETWORK_PREFIX
 from sdxl_host.weights.initial import initialize_network
-from sdxl_host.weights.names import UNET_PREFIX, single_file_parameters
+from sdxl_host.weights.names import single_file_parameters
 
 PARITY = 2e-5  # of the output's peak; the contract is 1e-4
 GRADIENT_PARITY = 1e-4
@@ -76,25 +77,41 @@ def case(golden: Path, fill: Callable) -> Callable[[str], Case]:
                 mask,
             )
             tensors = tuple(Tensor(values.astype(np.float32)) for values in inputs)
-            built[name] = Case(unet, fill(unet, UNET_PREFIX), arrays, tensors)
+            built[name] = Case(unet, fill(unet, NETWORK_PREFIX), arrays, tensors)
         return built[name]
 
     return get
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Of mean(F^2): by parameter name, by x and by context."""
+
+    parameters: dict[str, np.ndarray]
+    x: np.ndarray
+    context: np.ndarray
+
+
 @pytest.fixture(scope="module")
-def gradients(case: Callable[[str], Case]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Of mean(F^2) of unet_a: by parameter name, by x and by context."""
-    made = case("unet_a")
-    x, c_noise, context, vector, mask = made.inputs
+def gradients(case: Callable[[str], Case]) -> Callable[[str], Gradients]:
+    """`gradients("unet_a")`: those of that network, computed once."""
+    computed: dict[str, Gradients] = {}
 
-    def loss(x, context):
-        return ops.square(made.unet(x, c_noise, context, vector, mask)).mean()
+    def get(name: str) -> Gradients:
+        if name not in computed:
+            made = case(name)
+            x, c_noise, context, vector, mask = made.inputs
 
-    wanted = ms.ParameterTuple(made.parameters.values())
-    by_input, by_parameter = ms.grad(loss, (0, 1), wanted)(x, context)
-    named = {n: g.asnumpy() for n, g in zip(made.parameters, by_parameter, strict=True)}
-    return named, by_input[0].asnumpy(), by_input[1].asnumpy()
+            def loss(x, context):
+                return ops.square(made.unet(x, c_noise, context, vector, mask)).mean()
+
+            wanted = ms.ParameterTuple(made.parameters.values())
+            by_input, by_parameter = ms.grad(loss, (0, 1), wanted)(x, context)
+            named = {n: g.asnumpy() for n, g in zip(made.parameters, by_parameter, strict=True)}
+            computed[name] = Gradients(named, by_input[0].asnumpy(), by_input[1].asnumpy())
+        return computed[name]
+
+    return get
 
 
 def close(actual: np.ndarray, expected: np.ndarray, relative: float) -> None:
@@ -107,46 +124,50 @@ def close(actual: np.ndarray, expected: np.ndarray, relative: float) -> None:
 # ---- the original's arithmetic
 
 
-@pytest.mark.parametrize("name", ["unet_a", "unet_b"])
+@pytest.mark.parametrize("name", ["unet_a", "unet_b", "unet_c", "unet_d"])
 def test_golden_output(case, name):
-    """The output is the original's; b has two widths, sides of 8 and 12, and a mask."""
+    """The output is the original's; b has two widths, sides of 8 and 12, and a mask, c is built
+    like the refiner, d attends on its first level and has sides of 8 and 24."""
     made = case(name)
     close(made.plain, made.arrays["out"], PARITY)
 
 
-def test_golden_gradients_of_the_inputs(case, gradients):
-    _, x, context = gradients
-    arrays = case("unet_a").arrays
-    close(x, arrays["x_grad"], GRADIENT_PARITY)
-    close(context, arrays["context_grad"], GRADIENT_PARITY)
+@pytest.mark.parametrize("name", ["unet_a", "unet_b", "unet_c", "unet_d"])
+def test_golden_gradients_of_the_inputs(case, gradients, name):
+    arrays = case(name).arrays
+    close(gradients(name).x, arrays["x_grad"], GRADIENT_PARITY)
+    close(gradients(name).context, arrays["context_grad"], GRADIENT_PARITY)
 
 
-def test_golden_gradients_of_every_parameter(case, deterministic, gradients):
+@pytest.mark.parametrize(("name", "vanish"), [("unet_a", 17), ("unet_c", 17), ("unet_d", 0)])
+def test_golden_gradients_of_every_parameter(case, deterministic, gradients, name, vanish):
     """Sum, norm and dot product with a random probe of each gradient are the original's.
 
     The scale is the gradient's own norm: of a sum over n entries sqrt(n) times it, as both sides'
-    roundings add up. Gradients that vanish in exact arithmetic stay below 1e-6.
+    roundings add up. Gradients that vanish in exact arithmetic stay below 1e-6; how many do is in
+    tests/golden/README.md.
     """
-    arrays = case("unet_a").arrays
-    named = gradients[0]
+    arrays = case(name).arrays
+    named = gradients(name).parameters
     vanishing = 0
-    for name, (total, norm, dot) in zip(arrays["grad_names"], arrays["grad_values"], strict=True):
-        gradient = named[str(name)].astype(np.float64)
+    for key, (total, norm, dot) in zip(arrays["grad_names"], arrays["grad_values"], strict=True):
+        gradient = named[str(key)].astype(np.float64)
         if norm < 1e-6:
             vanishing += 1
-            assert np.linalg.norm(gradient) < 1e-6, name
+            assert np.linalg.norm(gradient) < 1e-6, key
             continue
-        probe = deterministic.array(f"probe:{name}", gradient.shape)
+        probe = deterministic.array(f"probe:{key}", gradient.shape)
         allowed = GRADIENT_PARITY * norm
-        assert np.linalg.norm(gradient) == pytest.approx(norm, abs=allowed), name
-        assert gradient.sum() == pytest.approx(total, abs=allowed * gradient.size**0.5), name
-        assert (gradient * probe).sum() == pytest.approx(dot, abs=4 * allowed), name
-    assert vanishing == 17  # see tests/golden/README.md
+        assert np.linalg.norm(gradient) == pytest.approx(norm, abs=allowed), key
+        assert gradient.sum() == pytest.approx(total, abs=allowed * gradient.size**0.5), key
+        assert (gradient * probe).sum() == pytest.approx(dot, abs=4 * allowed), key
+    assert vanishing == vanish
 
 
-def test_golden_names(case):
+@pytest.mark.parametrize("name", ["unet_a", "unet_c", "unet_d"])
+def test_golden_names(case, name):
     """Parameters carry the single file's names, each of them and no other."""
-    made = case("unet_a")
+    made = case(name)
     assert sorted(made.parameters) == made.arrays["grad_names"].tolist()
 
 
@@ -169,7 +190,7 @@ def test_golden_names(case):
 )
 def test_shapes(case, name, shape):
     """Shapes are the single file's; a linear projection is (C, C) and has no kernel axes."""
-    assert tuple(case("unet_a").parameters[UNET_PREFIX + name].shape) == shape
+    assert tuple(case("unet_a").parameters[NETWORK_PREFIX + name].shape) == shape
 
 
 # ---- what each input does
@@ -216,7 +237,7 @@ def test_an_initialised_network_answers_0(device):
     """The last layer starts at 0, so the first prediction is 0 for every input."""
     unet = UNetModel(**VALID)
     zeros = {id(parameter) for parameter in unet.zero_initialized()}
-    initialize_network(single_file_parameters(unet, UNET_PREFIX), zeros, seed=3)
+    initialize_network(single_file_parameters(unet, NETWORK_PREFIX), zeros, seed=3)
     generator = np.random.default_rng(0)
     shapes = [(2, 4, 4, 6), (2,), (2, 5, 24), (2, 20)]
     inputs = [Tensor(generator.standard_normal(s).astype(np.float32)) for s in shapes]

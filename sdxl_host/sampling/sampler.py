@@ -3,84 +3,135 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from sdxl_host.diffusion.objective import denoise
+from sdxl_host.errors import ConfigError
 from sdxl_host.hooks import Hooks
 from sdxl_host.model import DiffusionModel
 from sdxl_host.prompts import PromptEmbedding, unconditional
 from sdxl_host.randomness import Stream, normals
-from sdxl_host.sampling.samplers import euler, noise_levels
+from sdxl_host.sampling.samplers import noise_levels, sample
 
-__all__ = ["PictureSampler"]
+__all__ = ["Conditions", "PictureSampler"]
 
-# Pictures drawn at a time: one shape, so the network is compiled once.
+# Pictures drawn at a time, and their latents' pixels together: one shape, so the network is
+# compiled once.
 _BATCH = 8
+_BATCH_PIXELS = 8 * 64 * 64
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the network is told of a picture besides its prompt.
+
+    size: (height, width) of the picture in pixels. original_size: what its size was before it was
+    resized; what the model was trained on serves best. crop_top_left: (top, left) of the crop.
+    target_size: None for `size`. aesthetic_score, negative_aesthetic_score: for a model with that
+    condition, of the prompt and of what guidance leads away from; defaults as the refiner is used.
+    """
+
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
 
 
 class PictureSampler:
     """Draws pictures; the network is compiled when first used and sees later updates of it.
 
-    size: (height, width) of a picture in pixels. original_size: what the network is told the
-    picture's size was before it was resized; what it was trained on serves best.
+    Raises ConfigError for a size that the networks can't halve as often as they must.
     """
 
     def __init__(
         self,
         hooks: Hooks,
         model: DiffusionModel,
-        size: tuple[int, int],
-        original_size: tuple[int, int],
+        conditions: Conditions,
         eager: bool = False,
     ) -> None:
         self._hooks = hooks
         self._model = model
-        self._size = size
-        self._original_size = original_size
+        self._conditions = conditions
+        step = model.first_stage.downsampling * model.network.downsampling
+        if any(length < step or length % step for length in conditions.size):
+            height, width = conditions.size
+            raise ConfigError(
+                f"size {height}x{width}: height and width must be multiples of {step}, by which "
+                "autoencoder and network downsample"
+            )
+        self._latent = [length // model.first_stage.downsampling for length in conditions.size]
+        self._batch_size = min(_BATCH, max(1, _BATCH_PIXELS // (self._latent[0] * self._latent[1])))
         self._network = model.network if eager else ms.jit(model.network.construct)
 
     def draw(
-        self, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int
+        self,
+        prompts: Sequence[str],
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        *,
+        negative_prompt: str | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
     ) -> np.ndarray:
         """(len(prompts), 3, H, W) float32 pixels, about in [-1, 1].
 
-        Picture i is a function of prompt i, `seed` and i. The noise is of a stream that training
-        never draws from.
+        Picture i is a function of prompt i, `seed` and i. The noise is of streams that training
+        never draws from. negative_prompt: what guidance leads away from; None for the zero
+        embedding. sampler, spacing: names in `samplers`; None for the model's own.
         """
+        sampler = sampler or self._model.sampling.sampler
+        sigmas = noise_levels(self._model.sampling, self._model.schedule, steps, spacing)
         pictures = []
-        for start in range(0, len(prompts), _BATCH):
-            chunk = list(prompts[start : start + _BATCH])
-            padded = chunk + [""] * (_BATCH - len(chunk))
-            places = range(start, start + _BATCH)
-            pictures.append(self._batch(padded, places, steps, guidance_scale, seed)[: len(chunk)])
+        for start in range(0, len(prompts), self._batch_size):
+            chunk = list(prompts[start : start + self._batch_size])
+            places = range(start, start + self._batch_size)
+            inputs = self._inputs(chunk, guidance_scale, negative_prompt)
+
+            def noise(index: int, places: Sequence[int] = places) -> np.ndarray:
+                shape = (self._model.first_stage.channels, *self._latent)
+                return normals(seed, Stream.SAMPLING, index, places, shape)
+
+            x = noise(0) * np.float32(sigmas[0])
+            denoiser = self._guided(inputs, guidance_scale)
+            # Step i of an ancestral sampler draws the numbers after those of its start.
+            x = sample(sampler, denoiser, x, sigmas, lambda index, noise=noise: noise(index + 1))
+            pictures.append(self._model.first_stage.decode(x[: len(chunk)]))
         return np.concatenate(pictures)
 
-    def _batch(
-        self, prompts: list[str], places: Sequence[int], steps: int, scale: float, seed: int
-    ) -> np.ndarray:
-        model = self._model
-        first_stage = model.first_stage
-        side = [length // first_stage.downsampling for length in self._size]
-        sigmas = noise_levels(model.sampling, model.schedule, steps)
-        noise = normals(seed, Stream.SAMPLING, 0, places, (first_stage.channels, *side))
-        conditional = self._hooks.encode_prompt(prompts, model.encoders)
-        inputs = [self._condition(conditional)]
+    def _inputs(
+        self, prompts: list[str], scale: float, negative_prompt: str | None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The network's inputs for the prompts, filled up to a batch, and for the unconditional
+        answer where guidance needs it."""
+        size, score = self._batch_size, self._conditions.aesthetic_score
+        filled = prompts + [""] * (size - len(prompts))
+        conditional = self._hooks.encode_prompt(filled, self._model.encoders)
+        inputs = [self._condition(conditional, score)]
         if scale != 1.0:
-            inputs.append(self._condition(unconditional(conditional)))
-        x = euler(self._guided(inputs, scale), noise * np.float32(sigmas[0]), sigmas)
-        return first_stage.decode(x)
+            negative = unconditional(conditional)
+            if negative_prompt is not None:
+                negative = self._hooks.encode_prompt([negative_prompt] * size, self._model.encoders)
+            inputs.append(self._condition(negative, self._conditions.negative_aesthetic_score))
+        return inputs
 
-    def _condition(self, embedding: PromptEmbedding) -> tuple[Tensor, Tensor, Tensor]:
-        """Context, vector and mask as the network takes them; the picture is uncropped."""
+    def _condition(self, embedding: PromptEmbedding, score: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Context, vector and mask as the network takes them."""
+        told = self._conditions
         one = {
-            "original_size_as_tuple": self._original_size,
-            "crop_coords_top_left": (0, 0),
-            "target_size_as_tuple": self._size,
+            "original_size_as_tuple": told.original_size,
+            "crop_coords_top_left": told.crop_top_left,
+            "target_size_as_tuple": told.target_size or told.size,
+            "aesthetic_score": (score,),
         }
-        sizes = {key: np.tile(pair, (len(embedding.context), 1)) for key, pair in one.items()}
+        sizes = {key: np.tile(values, (len(embedding.context), 1)) for key, values in one.items()}
         vector = self._model.conditioner.vector(embedding, sizes)
         mask = embedding.attended().astype(np.float32)
         return Tensor(embedding.context), Tensor(vector), Tensor(mask)
