@@ -14,6 +14,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "train": "train a model; with no arguments, a small one on the pictures the package carries",
     "sample": "draw pictures from a checkpoint",
+    "convert": "write weights in another format or precision",
     "plugins": "list the installed plugins",
 }
 
@@ -53,6 +54,10 @@ def _dispatch(words: list[str]) -> int:
         from sdxl_host.commands.sample import sample
 
         return sample(rest)
+    if command == "convert":
+        from sdxl_host.commands.convert import convert
+
+        return convert(rest)
     if command == "plugins":
         from sdxl_host.commands.plugins import plugins
 

@@ -10,9 +10,10 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import importlib_metadata
+import numpy as np
 import pytest
 
 import sdxl_host
@@ -154,6 +155,51 @@ def fill(device: str, deterministic: ModuleType) -> Callable[..., dict]:
         return parameters
 
     return fill_cell
+
+
+@pytest.fixture(scope="session")
+def small_model(device: str, deterministic: ModuleType) -> SimpleNamespace:
+    """SDXL's structure, small: `architecture`, and `arrays`, weights by their names in the single
+    file, float32 but for the int64 `position_ids`."""
+    from sdxl_host.weights.architecture import Architecture, Encoder, expected_shapes
+
+    architecture = Architecture(
+        unet={
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "channel_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attention_resolutions": [2],
+            "transformer_depth": [0, 1],
+            "num_head_channels": 8,
+            "context_dim": 48,
+            "adm_in_channels": 128,
+        },
+        autoencoder={
+            "embed_dim": 4,
+            "ddconfig": {
+                "double_z": True,
+                "z_channels": 4,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 32,
+                "ch_mult": [1, 2],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "dropout": 0.0,
+            },
+        },
+        encoders=(Encoder("clip", 16, 2, 2), Encoder("open_clip", 32, 2, 4)),
+    )
+    shapes = expected_shapes(architecture)
+    arrays = {
+        name: np.arange(77, dtype=np.int64)[None]
+        if name.endswith("position_ids")
+        else deterministic.weight(name, shape)
+        for name, shape in shapes.items()
+    }
+    return SimpleNamespace(architecture=architecture, arrays=arrays)
 
 
 def plugin_source(options: str = "", before: str = "") -> str:

@@ -118,10 +118,10 @@ def test_the_help_of_train_names_every_flag(site, capsys):
     ("words", "message"),
     [
         (["trian"], "trian: there is no such command (did you mean train?)"),
-        (["zzz"], "zzz: there is no such command (commands: train, sample, plugins)"),
+        (["zzz"], "zzz: there is no such command (commands: train, sample, convert, plugins)"),
         (["--verbose"], "--verbose: there is no such command"),
         (["plugins", "--chekc"], "unrecognized arguments: --chekc; sdxl-host plugins --help"),
-        (["sample"], "the following arguments are required: --checkpoint, --prompt"),
+        (["sample"], "the following arguments are required: --prompt"),
         (["sample", "--checkpoint", "x", "--prompt", "y", "--steps", "0"], "--steps 0: must be"),
         (["train", "--sede", "1"], "--sede: there is no such flag (did you mean seed?)"),
         (["train", "--config", "none.yaml"], "--config none.yaml: there is no such file"),
@@ -197,7 +197,7 @@ def unwritable(here: Path) -> tuple[list[str], str]:
 
 
 def weight_missing(here: Path) -> tuple[list[str], str]:
-    return ["--weight", "none.safetensors"], "--weight none.safetensors: there is no such file"
+    return ["--weight", "none.safetensors"], "none.safetensors: there is no such file or folder"
 
 
 def folder_missing(here: Path) -> tuple[list[str], str]:

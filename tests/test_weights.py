@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
@@ -11,8 +12,10 @@ from sdxl_host.errors import DataError
 from sdxl_host.models.text_encoders import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder2
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.weights import files
+from sdxl_host.weights.architecture import NETWORK_PREFIX
 from sdxl_host.weights.initial import initialize_network, initialize_text_encoder
-from sdxl_host.weights.names import UNET_PREFIX, single_file_parameters
+from sdxl_host.weights.names import single_file_parameters
+from sdxl_host.weights.tensors import Source
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -114,30 +117,108 @@ def test_assign_makes_float32(dtype):
         assert np.array_equal(values, arrays[name].astype(np.float32)), name
 
 
-@pytest.mark.parametrize(
+def changed(shapes: dict[str, tuple[int, ...]], change: dict) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in (shapes | change).items() if shape is not None}
+
+
+MISFITS = pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inner.gamma": None}, "lacks inner.gamma; "),
-        ({"zeta": (2,)}, "holds weights that the model has no place for: zeta; "),
+        ({"inner.gamma": None}, "lacks inner.gamma; use"),
+        ({"zeta": (2,)}, "holds weights that the model has no place for: zeta; use"),
         (
-            {"parts.0.bias": (5,)},
-            r"holds weights of another shape: parts.0.bias \(5,\) instead of \(4,\); ",
+            {"parts.0.bias": (5,), "beta": (2,)},
+            "holds weights of another shape: beta (2,) instead of (2, 2), parts.0.bias (5,) "
+            "instead of (4,); use",
         ),
-        ({"parts.0.weight": (16,)}, r"parts.0.weight \(16,\) instead of \(4, 4\); "),
+        ({"parts.0.weight": (16,)}, "parts.0.weight (16,) instead of (4, 4); use"),
+        (
+            {name: None for name in SHAPES if name.startswith(("inner.", "parts.2."))},
+            "lacks all 2 of parts.2., all 5 of inner.; use",
+        ),
+        (
+            {"inner.group.weight": None, "inner.group.bias": None, "parts.0.bias": None},
+            "lacks parts.0.bias, all 2 of inner.group.; use",
+        ),
+        (
+            {"ema.a": (1,), "ema.b.c": (1,), "inner.more": (1,)},
+            "no place for: all 2 of ema., inner.more; use",
+        ),
         (
             dict.fromkeys(SHAPES),
-            r"lacks [\w.]+, [\w.]+, [\w.]+ and 8 more; ",
+            "lacks beta, embedding.weight, all 4 of parts., all 5 of inner.; use",
+        ),
+        (
+            {"beta": None, "alpha": (1,), "parts.2.bias": (3,)},
+            "lacks beta; holds weights that the model has no place for: alpha; holds weights of "
+            "another shape: parts.2.bias (3,) instead of (2,); use",
         ),
     ],
-    ids=["missing", "unknown", "misshapen", "flat", "empty"],
+    ids=["missing", "unknown", "misshapen", "flat", "parts", "pairs", "extra", "empty", "all"],
 )
+
+
+@MISFITS
 def test_assign_is_strict(change, message):
-    """The message names file and weight, and nothing is changed unless all fit."""
+    """The message names file and every weight, and nothing is changed unless all fit."""
     parameters = single_file_parameters(Outer())
     before = values_of(parameters)
-    shapes = {name: shape for name, shape in (SHAPES | change).items() if shape is not None}
-    with pytest.raises(DataError, match=rf"^w\.safetensors: .*{message}.*model that the config"):
-        files.assign(parameters, random_arrays(shapes), "w.safetensors")
+    arrays = random_arrays(changed(SHAPES, change))
+    with pytest.raises(DataError, match=r"^w\.safetensors: .*model that the config") as raised:
+        files.assign(parameters, arrays, "w.safetensors")
+    assert message in str(raised.value)
+    for name, values in values_of(parameters).items():
+        assert np.array_equal(values, before[name]), name
+
+
+# ---- loading from a source
+
+
+def source_of(arrays: Arrays, seen: list[str] | None = None) -> Source:
+    """A source that holds these; `seen` gets the names in the order they are read."""
+
+    def read(name: str) -> np.ndarray:
+        if seen is not None:
+            seen.append(name)
+        return arrays[name]
+
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return Source(shapes, dict.fromkeys(shapes, "fp32"), read, description="w.safetensors")
+
+
+def test_load_sets_every_parameter():
+    parameters = single_file_parameters(Outer())
+    arrays = random_arrays(SHAPES)
+    arrays["beta"] = arrays["beta"].astype(np.float16)
+    arrays["parts.0.bias"] = arrays["parts.0.bias"].astype(ml_dtypes.bfloat16)
+    seen: list[str] = []
+    files.load(parameters, source_of(arrays, seen))
+    assert seen == list(parameters)
+    for name, values in values_of(parameters).items():
+        assert values.dtype == np.float32
+        assert np.array_equal(values, arrays[name].astype(np.float32)), name
+
+
+def test_load_takes_the_parts_it_is_given():
+    """And reads nothing else, nor position_ids, which no cell has as a parameter."""
+    parameters = single_file_parameters(Outer(), "net.")
+    arrays = random_arrays({f"net.{name}": shape for name, shape in SHAPES.items()})
+    arrays |= {"net.inner.embeddings.position_ids": np.arange(3), "other.x": np.zeros(1)}
+    seen: list[str] = []
+    files.load(parameters, source_of(arrays, seen), ["net."])
+    assert seen == list(parameters)
+    with pytest.raises(DataError, match=r"no place for: other\.x; use"):
+        files.load(parameters, source_of(arrays))
+
+
+@MISFITS
+def test_load_is_strict(change, message):
+    parameters = single_file_parameters(Outer())
+    before = values_of(parameters)
+    source = source_of(random_arrays(changed(SHAPES, change)))
+    with pytest.raises(DataError, match=r"^w\.safetensors: .*model that the config") as raised:
+        files.load(parameters, source)
+    assert message in str(raised.value)
     for name, values in values_of(parameters).items():
         assert np.array_equal(values, before[name]), name
 
@@ -215,7 +296,7 @@ def initial(device: str) -> dict[int, Arrays]:
     made = {}
     for seed in (1, 2):
         unet = make_unet()
-        parameters = single_file_parameters(unet, UNET_PREFIX)
+        parameters = single_file_parameters(unet, NETWORK_PREFIX)
         initialize_network(parameters, {id(p) for p in unet.zero_initialized()}, seed)
         made[seed] = values_of(parameters)
     return made
@@ -224,7 +305,7 @@ def initial(device: str) -> dict[int, Arrays]:
 def test_initial_weights_are_functions_of_seed_and_name(initial):
     """The same again, whatever the order and whatever other parameters there are."""
     unet = make_unet()
-    parameters = single_file_parameters(unet, UNET_PREFIX)
+    parameters = single_file_parameters(unet, NETWORK_PREFIX)
     backwards = dict(reversed(list(parameters.items())))
     for name in list(backwards)[::2]:
         del backwards[name]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -13,8 +14,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sdxl_host.errors import DataError
+from sdxl_host.weights.check import compare_shapes
 
-__all__ = ["assign", "read", "write"]
+if TYPE_CHECKING:
+    from sdxl_host.weights.tensors import Source
+
+__all__ = ["assign", "load", "read", "write"]
 
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -52,26 +57,28 @@ def assign(
 ) -> None:
     """Sets every parameter from the array of its name.
 
-    Strict: a missing or misshapen array is a DataError that names it, and so is one that no
-    parameter has. Nothing is changed unless all fit.
+    Strict: every missing, unexpected or misshapen array is named in one DataError. Nothing is
+    changed unless all fit.
     """
-    missing = [name for name in parameters if name not in arrays]
-    unknown = [name for name in arrays if name not in parameters]
-    misshapen = [
-        f"{name} {tuple(arrays[name].shape)} instead of {tuple(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in arrays and tuple(arrays[name].shape) != tuple(parameter.shape)
-    ]
-    for problem, names in (
-        ("lacks", missing),
-        ("holds weights that the model has no place for:", unknown),
-        ("holds weights of another shape:", misshapen),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise DataError(
-                f"{source}: {problem} {', '.join(names[:3])}{more}; use weights of the model that "
-                "the config describes"
-            )
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    compare_shapes(shapes, {name: array.shape for name, array in arrays.items()}, source)
     for name, parameter in parameters.items():
         parameter.set_data(Tensor(arrays[name].astype(np.float32)))
+
+
+def load(parameters: Mapping[str, Parameter], source: Source, parts: Sequence[str] = ("",)) -> None:
+    """Sets every parameter from the source's tensor of its name, one tensor at a time.
+
+    parts: what of the source to take, as beginnings of names such as `model.diffusion_model.`;
+    the rest is none of these parameters' business, nor is CLIP-L's constant `position_ids`. Strict
+    as `assign`; nothing is changed unless names and shapes fit.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    found = {
+        name: shape
+        for name, shape in source.shapes.items()
+        if name.startswith(tuple(parts)) and not name.endswith(".position_ids")
+    }
+    compare_shapes(shapes, found, source.description)
+    for name, parameter in parameters.items():
+        parameter.set_data(Tensor(source.read(name).astype(np.float32)))

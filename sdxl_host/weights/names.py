@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from mindspore import Parameter, nn
 
-__all__ = ["UNET_PREFIX", "single_file_parameters"]
-
-UNET_PREFIX = "model.diffusion_model."
+__all__ = ["single_file_parameters"]
 
 
 def single_file_parameters(cell: nn.Cell, prefix: str = "") -> dict[str, Parameter]:

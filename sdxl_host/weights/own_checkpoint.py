@@ -1,0 +1,87 @@
+"""Checkpoints of this program as weights: the files, what was trained, and by which plugins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdxl_host.weights.architecture import Architecture, Encoder, embedder_prefix, infer
+from sdxl_host.weights.metadata import OBJECTIVE, PLUGINS, PROMPTS, RESOLUTION, SCALE_FACTOR
+from sdxl_host.weights.single_file import without_extras
+from sdxl_host.weights.tensors import Source, Tensors, open_safetensors
+
+__all__ = ["open_own_checkpoint"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_CONDITIONER = "conditioner."
+
+
+def open_own_checkpoint(folder: Path) -> Source:
+    """The weights of a checkpoint folder, whose files are checked. Raises DataError.
+
+    metadata: the objective, the plugins with their options, who encodes prompts, and the size.
+    """
+    # Late: it imports MindSpore, and the other formats do without.
+    from sdxl_host.assembly import FROZEN_FILE, NETWORK_FILE
+    from sdxl_host.training.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    config: dict[str, Any] = yaml.safe_load(checkpoint.config_file.read_text("utf-8"))
+    merged = _both(open_safetensors(folder / NETWORK_FILE), open_safetensors(folder / FROZEN_FILE))
+    found = without_extras(merged, f"{folder} (checkpoint of step {checkpoint.step})")
+    options: Mapping[str, Any] = config.get("plugins") or {}
+    plugins = [{**each, "options": options.get(each["name"], {})} for each in checkpoint.plugins]
+    chain: str = checkpoint.record["hooks"]["encode_prompt"]
+    prompts = {
+        "encode_prompt": chain,
+        "options": {name: options[name] for name in chain.split(" -> ") if name in options},
+    }
+    height, width = checkpoint.record["size"]
+    return replace(
+        found,
+        metadata={
+            OBJECTIVE: str(checkpoint.record["preconditioning"]),
+            PLUGINS: json.dumps(plugins),
+            PROMPTS: json.dumps(prompts),
+            RESOLUTION: f"{width}x{height}",
+            SCALE_FACTOR: str(config["model"]["params"].get("scale_factor", 1.0)),
+        },
+        architecture=_architecture(found.shapes, config["model"]["params"]),
+    )
+
+
+def _both(network: Tensors, frozen: Tensors) -> Tensors:
+    """The tensors of both files, which have no name in common."""
+    return Tensors(
+        shapes={**network.shapes, **frozen.shapes},
+        dtypes={**network.dtypes, **frozen.dtypes},
+        read=lambda name: (network if name in network.shapes else frozen).read(name),
+    )
+
+
+def _architecture(shapes: Shapes, params: Mapping[str, Any]) -> Architecture:
+    """Sizes from the shapes; the attention heads, which shapes do not show, from the config."""
+    network = infer(
+        {name: shape for name, shape in shapes.items() if not name.startswith(_CONDITIONER)},
+        head_width=params["network_config"]["params"].get("num_head_channels", 64),
+    )
+    nodes: list[dict[str, Any]] = params["conditioner_config"]["params"]["emb_models"]
+    text = [node.get("params") or {} for node in nodes if node.get("input_key") == "txt"]
+    return replace(
+        network,
+        encoders=tuple(_encoder(shapes, index, settings) for index, settings in enumerate(text)),
+    )
+
+
+def _encoder(shapes: Shapes, index: int, settings: Mapping[str, Any]) -> Encoder:
+    own, first = embedder_prefix(index), embedder_prefix(0)
+    alone = {first + n[len(own) :]: shape for n, shape in shapes.items() if n.startswith(own)}
+    if "heads" not in settings:
+        return infer(alone).encoders[0]
+    return infer(alone, head_width=settings["width"] // settings["heads"]).encoders[0]
