@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindspore import Parameter, nn
+from mindspore.nn.utils import no_init_parameters
 
 from sdxl_host.config import RunConfig
-from sdxl_host.errors import DataError, PluginError
+from sdxl_host.errors import PluginError
 from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.host import Defaults
 from sdxl_host.model import DiffusionModel
 from sdxl_host.weights import files
+from sdxl_host.weights.architecture import (
+    AUTOENCODER_PREFIX,
+    NETWORK_PREFIX,
+    embedder_prefix,
+)
 from sdxl_host.weights.initial import initialize_network, initialize_text_encoder
-from sdxl_host.weights.names import UNET_PREFIX, single_file_parameters
+from sdxl_host.weights.metadata import SCALE_FACTOR, recorded_objective
+from sdxl_host.weights.names import single_file_parameters
+from sdxl_host.weights.source import Source, open_all
 
-__all__ = ["FROZEN_FILE", "NETWORK_FILE", "Parts", "make_hooks", "make_parts"]
+__all__ = [
+    "FROZEN_FILE",
+    "NETWORK_FILE",
+    "Parts",
+    "make_hooks",
+    "make_parts",
+    "open_weight",
+    "weight_lines",
+]
 
 NETWORK_FILE = "network.safetensors"
 FROZEN_FILE = "frozen.safetensors"
@@ -45,8 +62,8 @@ def make_hooks(config: RunConfig) -> Hooks:
 class Parts:
     """The cells of a model with their parameters, by names of the single file.
 
-    network: the U-Net's parameters, those that plugins added included. frozen: the text encoders'.
-    trained: the network's parameters that are trained.
+    network: the U-Net's parameters, those that plugins added included. frozen: those of the text
+    encoders and of the first stage. trained: the network's parameters that are trained.
     """
 
     cell: nn.Cell
@@ -60,26 +77,56 @@ class Parts:
             files.assign(parameters, files.read(checkpoint / name), str(checkpoint / name))
 
 
-def make_parts(model: DiffusionModel, seed: int, weight: str = "") -> Parts:
-    """Builds the networks; weights are initial ones, or come from `weight`.
+def open_weight(weight: str) -> Source | None:
+    """The weights that `--weight` names, or None where it names none. Raises DataError.
 
-    weight: a safetensors file with the names of the single file, or a checkpoint folder. Network
-    changes of plugins are made after the weights are loaded.
+    weight: a path that `open_weights` takes, or several with commas between, of which a later one
+    goes before an earlier one.
     """
-    cell = model.network
-    network = single_file_parameters(cell, UNET_PREFIX)
+    paths = [Path(path).expanduser() for path in weight.split(",") if path.strip()]
+    return open_all(paths) if paths else None
+
+
+def weight_lines(source: Source, model: DiffusionModel) -> list[str]:
+    """What the user is told of the weights: where they come from and what does not fit."""
+    lines = [f"weights     {source.description}", *(f"            {note}" for note in source.notes)]
+    trained, here = recorded_objective(source.metadata), model.preconditioning.name
+    if trained is not None and trained != here:
+        lines.append(
+            f"note        these weights were trained with the objective {trained}, not {here}"
+        )
+    scale, own = source.metadata.get(SCALE_FACTOR), float(model.first_stage.scale_factor)
+    if scale is not None and not math.isclose(float(scale), own, rel_tol=1e-6):
+        lines.append(
+            f"note        these weights were trained with scale_factor {scale}, not {own:g}"
+        )
+    return lines
+
+
+def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -> Parts:
+    """Builds the networks; weights are initial ones, or come from `source`.
+
+    Network changes of plugins are made after the weights are loaded.
+    """
+    # No parameter is given a value before its own: at full size that would take minutes.
+    with no_init_parameters():
+        cell = model.network
+        encoders = {embedder_prefix(i): encoder.cell for i, encoder in enumerate(model.encoders)}
+        first_stage = model.first_stage.cell
+    network = single_file_parameters(cell, NETWORK_PREFIX)
     frozen: dict[str, Parameter] = {}
-    initialize_network(network, {id(p) for p in cell.zero_initialized()}, seed)
-    for index, encoder in enumerate(model.encoders):
-        own = single_file_parameters(encoder.cell, f"conditioner.embedders.{index}.")
-        initialize_text_encoder(encoder.cell, own, seed)
-        frozen.update(own)
-    if weight:
-        _load_weight(Path(weight).expanduser(), network, frozen)
+    for prefix, encoder in encoders.items():
+        frozen.update(single_file_parameters(encoder, prefix))
+    if first_stage is not None:
+        frozen.update(single_file_parameters(first_stage, AUTOENCODER_PREFIX))
+    if source is None:
+        _initialize(cell, network, encoders, first_stage, seed)
+    else:
+        files.load({**network, **frozen}, source)
     for change in model.changes:
         change.change(cell)
     if model.changes:
-        changed = single_file_parameters(cell, UNET_PREFIX)
+        changed = single_file_parameters(cell, NETWORK_PREFIX)
         gone = [name for name in network if name not in changed]
         if gone:
             raise PluginError(
@@ -94,20 +141,16 @@ def make_parts(model: DiffusionModel, seed: int, weight: str = "") -> Parts:
     return Parts(cell, network, frozen, trained)
 
 
-def check_weight(weight: str) -> None:
-    """Raises DataError when --weight names nothing that can be read."""
-    path = Path(weight).expanduser()
-    if not path.exists():
-        raise DataError(f"--weight {weight}: there is no such file or folder")
-
-
-def _load_weight(path: Path, network: dict[str, Parameter], frozen: dict[str, Parameter]) -> None:
-    if path.is_dir():
-        arrays = {**files.read(path / NETWORK_FILE), **files.read(path / FROZEN_FILE)}
-    else:
-        arrays = files.read(path)
-    trained = {name: a for name, a in arrays.items() if name.startswith(UNET_PREFIX)}
-    rest = {name: a for name, a in arrays.items() if not name.startswith(UNET_PREFIX)}
-    files.assign(network, trained, str(path))
-    if rest:
-        files.assign(frozen, rest, str(path))
+def _initialize(
+    cell: nn.Cell,
+    network: Mapping[str, Parameter],
+    encoders: Mapping[str, nn.Cell],
+    first_stage: nn.Cell | None,
+    seed: int,
+) -> None:
+    """Weights of an untrained model."""
+    initialize_network(network, {id(p) for p in cell.zero_initialized()}, seed)
+    for prefix, encoder in encoders.items():
+        initialize_text_encoder(encoder, single_file_parameters(encoder, prefix), seed)
+    if first_stage is not None:
+        initialize_network(single_file_parameters(first_stage, AUTOENCODER_PREFIX), set(), seed)

@@ -29,12 +29,15 @@ __all__ = [
     "SelectedPlugin",
     "find_config",
     "load",
+    "load_model",
     "packaged_configs",
+    "picture_size",
     "read_yaml",
     "restore",
 ]
 
 DEFAULT_CONFIG = "default.yaml"
+SDXL_CONFIG = "training/sd_xl_base_finetune_910b.yaml"
 _IDLE_TOP = {"version": "it named the old trainer's checkpoint files"}
 
 
@@ -73,6 +76,23 @@ def load(arguments: Sequence[str]) -> RunConfig:
     path = lines.config
     tree = read_yaml(find_config(path) if path else packaged_configs() / DEFAULT_CONFIG)
     return _assemble(tree, lines, path)
+
+
+def load_model(arguments: Sequence[str]) -> RunConfig:
+    """The same for a config that need not say how to train: what it lacks is SDXL's."""
+    lines = Arguments(arguments)
+    tree = read_yaml(find_config(lines.config))
+    usual = read_yaml(packaged_configs() / SDXL_CONFIG)
+    for section in ("optim", "data"):
+        if tree.get(section) is None:
+            tree[section] = usual[section]
+    return _assemble(tree, lines, lines.config)
+
+
+def picture_size(config: RunConfig) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures that the config's model is trained on."""
+    side = config.data.dataset_config.get("params", {}).get("target_size", 1024)
+    return side, side
 
 
 def restore(path: Path) -> RunConfig:

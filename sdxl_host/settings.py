@@ -18,7 +18,9 @@ class TrainSettings:
     """`train`: the run itself. Each field is a flag of the same name."""
 
     weight: str = option(
-        "", help="weights to start from: a safetensors file or a checkpoint folder of this program"
+        "",
+        help="weights to start from: a .safetensors file, a diffusers folder, a MindSpore .ckpt or "
+        "a checkpoint folder; several with commas between, a later one goes before",
     )
     seed: int = option(42, help="seed of all randomness", minimum=0, maximum=2**64 - 1)
     save_path: str = option("./runs", help="folder that runs are written to")
@@ -37,7 +39,19 @@ class TrainSettings:
     sample_count: int = option(8, help="pictures in a grid without sample_prompts", minimum=1)
     sample_steps: int = option(20, help="sampling steps of the grids", minimum=1)
     guidance_scale: float = option(3.0, help="classifier-free guidance of the grids", minimum=0.0)
+    negative_prompt: str = option(
+        "", help="what the grids' guidance leads away from; empty: the zero embedding"
+    )
+    sampler: Literal["auto", "euler", "euler_a", "heun", "dpmpp_2m"] = option(
+        "auto", help="sampler of the grids; auto: the model's own"
+    )
+    spacing: Literal["auto", "trailing", "karras", "edm"] = option(
+        "auto", help="noise levels of the grids; auto: the model's own"
+    )
     ms_mode: int = option(0, help="0: compiled steps; 1: eager (PyNative)", minimum=0, maximum=1)
+    ms_amp_level: Literal["O0", "O2", "O3"] = option(
+        "O0", help="O0: float32; O2: float16 but for norms and SiLU; O3: float16 throughout"
+    )
     device_target: Literal["auto", "CPU", "Ascend"] = option(
         "auto", help="auto: Ascend where MindSpore has one, else CPU"
     )
@@ -95,6 +109,5 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
     "resume_step": (("0",), "resuming by step (use --resume DIR or --resume latest)"),
     "optimizer_weight": ((), "resuming from single files (use --resume DIR or --resume latest)"),
     "save_optimizer": (("True",), "checkpoints without the optimizer's state"),
-    "ms_amp_level": (("O0",), "mixed precision"),
     "param_fp16": (("False",), "weights in float16"),
 }

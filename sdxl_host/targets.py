@@ -10,7 +10,7 @@ import importlib
 import inspect
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ class Target:
 
     slot: what it can stand for ("network"). path: "module:Class". old: its names in old configs.
     provided: constructor arguments that the host fills in. idle: params of old configs that have
-    no effect here, with the reason; they are accepted and named at the start of a run.
+    no effect here ("ddconfig.resolution": a key within one), with the reason; they are accepted
+    and named at the start of a run.
     """
 
     name: str
@@ -87,6 +88,21 @@ _TARGETS = (
         "embedder",
         "sdxl_host.models.conditioner:ConcatTimestepEmbedderND",
         (_EMBEDDERS + "ConcatTimestepEmbedderND",),
+    ),
+    Target(
+        "AutoencoderKL",
+        "first_stage",
+        "sdxl_host.models.first_stage:AutoencoderKLInferenceWrapper",
+        (
+            "gm.models.autoencoder.AutoencoderKLInferenceWrapper",
+            "gm.models.autoencoder.AutoencoderKL",
+        ),
+        idle={
+            "monitor": "the autoencoder is not trained",
+            "lossconfig": "the autoencoder is not trained",
+            "ddconfig.resolution": "the autoencoder takes pictures of any size",
+            "ddconfig.decoder_attn_dtype": "the autoencoder computes in float32",
+        },
     ),
     Target("IdentityFirstStage", "first_stage", "sdxl_host.models.first_stage:IdentityFirstStage"),
     Target(
@@ -165,6 +181,12 @@ _TARGETS = (
         ("gm.lr_scheduler.LambdaWarmUpScheduler",),
     ),
     Target(
+        "LambdaLinearScheduler",
+        "scheduler",
+        "sdxl_host.training.optimizer:LambdaLinearScheduler",
+        ("gm.lr_scheduler.LambdaLinearScheduler",),
+    ),
+    Target(
         "Text2ImageDataset",
         "dataset",
         "sdxl_host.data.dataset:Text2ImageDataset",
@@ -194,10 +216,6 @@ _BY_NAME = {
 
 # Names of old configs that are not served, and what to do instead.
 _HINTS = {
-    "AutoencoderKLInferenceWrapper": "the autoencoder is not part of this version; "
-    "use sdxl_host.IdentityFirstStage",
-    "AutoencoderKL": "the autoencoder is not part of this version; "
-    "use sdxl_host.IdentityFirstStage",
     "EDMScaling": "EDM is the plugin edm: keep EpsScaling here and add --plugins edm "
     "(pip install sdxl-edm)",
     "EDMWeighting": "EDM is the plugin edm: keep EpsWeighting here and add --plugins edm "
@@ -206,8 +224,6 @@ _HINTS = {
     "(pip install sdxl-edm)",
     "EDMDiscretization": "EDM is the plugin edm: keep LegacyDDPMDiscretization here and add "
     "--plugins edm (pip install sdxl-edm)",
-    "LambdaLinearScheduler": "this schedule is not part of this version; use "
-    "sdxl_host.LambdaWarmUpScheduler",
 }
 
 
@@ -253,7 +269,7 @@ def build(node: Any, slot: str, where: str, **provided: Any) -> Any:
     target, params = look_up(node, slot, where)
     module, _, name = target.path.partition(":")
     cls = getattr(importlib.import_module(module), name)
-    kept = {key: value for key, value in params.items() if key not in target.idle}
+    kept = _without_idle(params, target.idle)
     hints = typing.get_type_hints(cls.__init__)
     accepted = {
         key: parameter
@@ -293,15 +309,32 @@ def idle_params(node: Any, where: str = "model") -> list[str]:
         target = _BY_NAME.get(str(node.get("target")))
         params = node.get("params")
         if target and isinstance(params, Mapping):
-            for key in params:
-                if key in target.idle:
-                    lines.append(f"{where}.params.{key} has no effect: {target.idle[key]}")
+            for key in _idle_keys(params, target.idle):
+                lines.append(f"{where}.params.{key} has no effect: {target.idle[key]}")
         for key, value in node.items():
             lines += idle_params(value, f"{where}.{key}")
     elif isinstance(node, list):
         for index, value in enumerate(node):
             lines += idle_params(value, f"{where}[{index}]")
     return lines
+
+
+def _idle_keys(params: Mapping[str, Any], idle: Collection[str], at: str = "") -> Iterator[str]:
+    """The idle keys that are there, at any depth, dotted."""
+    for key, value in params.items():
+        if f"{at}{key}" in idle:
+            yield f"{at}{key}"
+        elif isinstance(value, Mapping):
+            yield from _idle_keys(value, idle, f"{at}{key}.")
+
+
+def _without_idle(params: Mapping[str, Any], idle: Collection[str], at: str = "") -> dict[str, Any]:
+    """A copy without the idle keys."""
+    return {
+        key: _without_idle(value, idle, f"{at}{key}.") if isinstance(value, Mapping) else value
+        for key, value in params.items()
+        if f"{at}{key}" not in idle
+    }
 
 
 def _first_infinite(value: Any) -> float | None:

@@ -8,6 +8,7 @@ import pytest
 from sdxl_host.training.optimizer import (
     AdamW,
     AdamWeightDecay,
+    LambdaLinearScheduler,
     LambdaWarmUpScheduler,
     learning_rates,
 )
@@ -149,3 +150,45 @@ def test_without_a_schedule_the_rate_is_constant():
 def test_a_negative_warm_up_is_refused():
     with pytest.raises(ValueError, match="warm_up_steps must be at least 0, not -1"):
         LambdaWarmUpScheduler(-1)
+
+
+def linear(updates: int, **changes: object) -> np.ndarray:
+    """Two cycles of 10 and 8 updates, warming up over 4 and 0 of them."""
+    arguments = {
+        "warm_up_steps": [4, 0], "cycle_lengths": [10, 8],
+        "f_start": [0.1, 0.5], "f_max": [1.0, 0.6], "f_min": [0.2, 0.0],
+    }  # fmt: skip
+    return LambdaLinearScheduler(**(arguments | changes)).factors(updates)
+
+
+def test_linear_rises_to_f_max_and_falls_to_f_min_in_each_cycle():
+    """By hand: 0.1 + 0.9 n / 4, then 0.2 + 0.8 (10 - n) / 10; the second has no warm-up."""
+    factors = linear(18)
+    np.testing.assert_allclose(factors[:4], [0.1, 0.325, 0.55, 0.775])
+    np.testing.assert_allclose(factors[4:10], [0.68, 0.6, 0.52, 0.44, 0.36, 0.28])
+    np.testing.assert_allclose(factors[10:], 0.6 * (8 - np.arange(8)) / 8)
+
+
+def test_linear_as_the_old_configs_have_it_is_a_warm_up():
+    """From 1e-6 to 1 over 10,000 updates, and 1 to the end of 1e13."""
+    factors = linear(
+        10002, warm_up_steps=[10000], cycle_lengths=[1e13], f_start=[1e-6], f_max=[1.0], f_min=[1.0]
+    )
+    assert factors[0] == 1e-6
+    assert factors[5000] == pytest.approx(0.5, abs=1e-6)
+    np.testing.assert_array_equal(factors[10000:], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"f_max": [1.0]}, "lists of one length"),
+        ({"warm_up_steps": [-1, 0]}, "warm_up_steps must be at least 0"),
+        ({"cycle_lengths": [10, 0]}, "cycle_lengths above 0"),
+        ({"f_min": [-0.1, 0.0]}, "f_min, f_max and f_start must be at least 0"),
+        ({"cycle_lengths": [10, 7]}, "the cycles end after 17 updates, and the run has 18"),
+    ],
+)
+def test_linear_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        linear(18, **changes)

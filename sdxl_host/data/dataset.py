@@ -33,13 +33,13 @@ class Sample:
     """One picture as a step takes it.
 
     name: its id. caption: its text. pixels: (3, target, target) float32 in [-1, 1].
-    sizes: (height, width) or (top, left) pairs by embedder key.
+    sizes: (height, width) or (top, left) pairs, and the score, by embedder key.
     """
 
     name: str
     caption: str
     pixels: np.ndarray
-    sizes: dict[str, tuple[int, int]]
+    sizes: dict[str, tuple[float, ...]]
 
 
 class Text2ImageDataset:
@@ -50,6 +50,8 @@ class Text2ImageDataset:
         transforms: nodes of `transforms`, applied in order.
         data_path: the folder; empty for the pictures that the package carries.
         only: names of the pictures to take from the folder; none given, all of them.
+        aesthetic_score: what a model with that condition, such as SDXL's refiner, is told of
+            every picture.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class Text2ImageDataset:
         transforms: Sequence[Mapping[str, Any]],
         data_path: str = "",
         only: Sequence[str] | None = None,
+        aesthetic_score: float = 6.0,
     ) -> None:
         if target_size < 1:
             raise ValueError(
                 f"Text2ImageDataset: target_size must be at least 1, not {target_size}"
             )
+        self.aesthetic_score = float(aesthetic_score)
         self.is_demo = not data_path
         self.target_size = target_size
         self.pictures = read_folder(Path(data_path).expanduser() if data_path else DEMO_PICTURES)
@@ -108,6 +112,7 @@ class Text2ImageDataset:
             "original_size_as_tuple": (image.height, image.width),
             "crop_coords_top_left": (0, 0),
             "target_size_as_tuple": target,
+            "aesthetic_score": (self.aesthetic_score,),
         }
         for index, transform in enumerate(self._transforms):
             before = sample["image"]

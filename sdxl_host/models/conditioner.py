@@ -21,7 +21,14 @@ __all__ = ["ConcatTimestepEmbedderND", "GeneralConditioner"]
 # Of embeddings kept by each text encoder: about 800 prompts at SDXL's size.
 _REMEMBERED_BYTES = 256 << 20
 
-SIZE_KEYS = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+# Numbers of each input that becomes part of the vector: (height, width) or (top, left), and the
+# refiner's score.
+NUMBERS = {
+    "original_size_as_tuple": 2,
+    "crop_coords_top_left": 2,
+    "target_size_as_tuple": 2,
+    "aesthetic_score": 1,
+}
 _TEXT_KEY = "txt"
 
 
@@ -79,9 +86,10 @@ class FrozenEncoder:
 class GeneralConditioner:
     """The list of embedders of the original config.
 
-    emb_models: one node an embedder: `target`, `params`, `input_key` ("txt", or one of the three
-    sizes), `is_trainable` (False) and `ucg_rate`, the share of samples whose output of this
-    embedder is replaced by zeros in training.
+    emb_models: one node an embedder: `target`, `params`, `input_key` ("txt", one of the three
+    sizes, or "aesthetic_score"), `is_trainable` (False) and `ucg_rate`, the share of samples whose
+    output of this embedder is replaced by zeros in training. SDXL's base has two text embedders and
+    the sizes; its refiner has bigG, original size, crop and score.
     """
 
     def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
@@ -112,22 +120,31 @@ class GeneralConditioner:
                 _name_parameters(embedder, len(encoders))
                 encoders.append(FrozenEncoder(embedder))
                 self._rates.append(rate)
-            elif isinstance(embedder, ConcatTimestepEmbedderND) and key in SIZE_KEYS:
+            elif isinstance(embedder, ConcatTimestepEmbedderND) and key in NUMBERS:
                 self._sizes.append((key, embedder, rate))
             else:
                 raise ValueError(
                     f"{where}.input_key: {key!r} does not fit {settings['target']}; text "
                     f"embedders take {_TEXT_KEY}, ConcatTimestepEmbedderND one of "
-                    f"{', '.join(SIZE_KEYS)}"
+                    f"{', '.join(NUMBERS)}"
                 )
         if not encoders:
             raise ValueError("emb_models: at least one text embedder is needed (input_key: txt)")
         self.encoders = Encoders(encoders)
+        self.context_width = sum(encoder.width for encoder in encoders)
+        self.vector_width = sum(encoder.pooled_width for encoder in encoders) + sum(
+            NUMBERS[key] * embedder.outdim for key, embedder, _ in self._sizes
+        )
+
+    @property
+    def size_keys(self) -> tuple[str, ...]:
+        """The inputs besides text that `vector` reads."""
+        return tuple(key for key, _, _ in self._sizes)
 
     def vector(self, embedding: PromptEmbedding, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
         """(B, V) float32: the pooled text, then each size's sinusoids.
 
-        sizes: for each size key, (B, 2) as (height, width) or (top, left).
+        sizes: for each size key, (B, 2) as (height, width) or (top, left); the score as (B, 1).
         """
         parts = [embedding.pooled]
         parts += [embedder(sizes[key]) for key, embedder, _ in self._sizes]
@@ -148,9 +165,10 @@ class GeneralConditioner:
             pooled[dropped, place : place + encoder.pooled_width] = 0
             channel, place = channel + encoder.width, place + encoder.pooled_width
         vector[:, :place] = pooled
-        for _, embedder, rate in self._sizes:
-            vector[u < rate, place : place + 2 * embedder.outdim] = 0
-            place += 2 * embedder.outdim
+        for key, embedder, rate in self._sizes:
+            width = NUMBERS[key] * embedder.outdim
+            vector[u < rate, place : place + width] = 0
+            place += width
         mask = embedding.mask
         if mask is not None:
             none_left = u < min(self._rates)

@@ -1,28 +1,77 @@
-"""The first stage: pixels to latents and back."""
+"""The first stage: pixels to latents and back.
+
+A first stage has `channels` of a latent, `downsampling` (a picture's side over its latent's),
+`is_sampled` (whether `encode` takes noise), `encode`, `decode` and `cell` (its network, or None).
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["IdentityFirstStage"]
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from sdxl_host.models.autoencoder import AutoencoderKL
+
+__all__ = ["AutoencoderKLInferenceWrapper", "IdentityFirstStage"]
+
+# Of the posterior's log variance, as in the original.
+_LOG_VARIANCE = (-30.0, 20.0)
 
 
 class IdentityFirstStage:
-    """Pixels are the latents: diffusion in pixel space, for small models without an autoencoder.
-
-    channels: of a picture and of a latent. downsampling: pixels to a latent's side.
-    """
+    """Pixels are the latents: diffusion in pixel space, for small models without an autoencoder."""
 
     channels = 3
     downsampling = 1
+    is_sampled = False
+    cell = None
 
     def __init__(self, scale_factor: float) -> None:
         self.scale_factor = scale_factor
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    def encode(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
         """pixels (B, 3, H, W) float32 in [-1, 1] -> latents of the same shape."""
         return pixels * np.float32(self.scale_factor)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, 3, H, W) -> pixels of the same shape."""
         return latents / np.float32(self.scale_factor)
+
+
+class AutoencoderKLInferenceWrapper:
+    """SDXL's autoencoder, frozen and in float32, behind a numpy interface.
+
+    Pictures are taken one at a time: a latent is the same bit for bit whatever batch it is in, and
+    the memory needed is that of one picture.
+    """
+
+    is_sampled = True
+
+    def __init__(
+        self, ddconfig: Mapping[str, Any], scale_factor: float, embed_dim: int = 4
+    ) -> None:
+        self.cell = AutoencoderKL(ddconfig, embed_dim).set_train(False)
+        self.cell.update_parameters_name("first_stage_model.")
+        self.scale_factor = np.float32(scale_factor)
+        self.channels = self.cell.channels
+        self.downsampling = self.cell.downsampling
+
+    def encode(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w) float32, scaled.
+
+        noise: unit noise (B, C, h, w) to sample the posterior with; None gives its mean.
+        """
+        rows = [self.cell.moments(Tensor(row[None], ms.float32)).asnumpy() for row in pixels]
+        mean, log_variance = np.split(np.concatenate(rows), 2, axis=1)
+        if noise is not None:
+            mean = mean + np.exp(0.5 * np.clip(log_variance, *_LOG_VARIANCE)) * noise
+        return self.scale_factor * mean
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """latents (B, C, h, w), scaled -> pixels (B, 3, H, W) float32, about in [-1, 1]."""
+        unscaled = (latents / self.scale_factor).astype(np.float32)
+        rows = [self.cell.decode_latents(Tensor(row[None])).asnumpy() for row in unscaled]
+        return np.concatenate(rows)

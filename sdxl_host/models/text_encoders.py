@@ -10,6 +10,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 from sdxl_host.models.attention import MASKED_SCORE, gelu
 
@@ -23,6 +24,11 @@ END_OF_TEXT = 49407
 # width, layers, heads, width of the feed-forward, by the name the original configs use
 _CLIP_SIZES = {"openai/clip-vit-large-patch14": (768, 12, 12, 3072)}
 _OPEN_CLIP_SIZES = {"ViT-bigG-14-Text": (1280, 32, 20, 5120), "ViT-bigG-14": (1280, 32, 20, 5120)}
+
+
+def _zeros(shape: tuple[int, ...]) -> Parameter:
+    """A parameter to be filled; it takes no memory where parameters are built without values."""
+    return Parameter(initializer("zeros", shape, ms.float32))
 
 
 def _causal_bias(length: int) -> Tensor:
@@ -189,8 +195,8 @@ class _OpenClipAttention(nn.Cell):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = Parameter(Tensor(np.zeros((3 * width, width), np.float32)))
-        self.in_proj_bias = Parameter(Tensor(np.zeros(3 * width, np.float32)))
+        self.in_proj_weight = _zeros((3 * width, width))
+        self.in_proj_bias = _zeros((3 * width,))
         self.out_proj = nn.Dense(width, width)
 
     def construct(self, x):
@@ -232,8 +238,8 @@ class _OpenClipTransformer(nn.Cell):
 class _OpenClipText(nn.Cell):
     def __init__(self, width: int, layers: int, heads: int, inner: int) -> None:
         super().__init__()
-        self.positional_embedding = Parameter(Tensor(np.zeros((CONTEXT_LENGTH, width), np.float32)))
-        self.text_projection = Parameter(Tensor(np.zeros((width, width), np.float32)))
+        self.positional_embedding = _zeros((CONTEXT_LENGTH, width))
+        self.text_projection = _zeros((width, width))
         # Part of the trained file; it scales image-text similarity and has no use here.
         self.logit_scale = Parameter(Tensor(np.log(1 / 0.07), ms.float32))
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width, embedding_table="zeros")

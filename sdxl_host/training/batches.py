@@ -22,7 +22,8 @@ class Batch:
     """The G samples of one step.
 
     pixels: (G, 3, H, W) float32. sizes: (G, 2) for each size key. noise: (G, C, h, w) float32, unit
-    noise with its offset. level_u, dropout_u: (G,) uniforms for noise level and caption dropout.
+    noise with its offset. posterior: unit noise of that shape for a first stage that samples its
+    latents, else None. level_u, dropout_u: (G,) uniforms for noise level and caption dropout.
     """
 
     step: int
@@ -30,6 +31,7 @@ class Batch:
     pixels: np.ndarray
     sizes: dict[str, np.ndarray]
     noise: np.ndarray
+    posterior: np.ndarray | None
     level_u: np.ndarray
     dropout_u: np.ndarray
 
@@ -38,7 +40,8 @@ class Batches:
     """The batch of any step, a function of (seed, step).
 
     latent_shape: (C, h, w) of the noise. offset_noise_level: standard deviation of the constant
-    added to each channel's noise. threads: how many load pictures.
+    added to each channel's noise. is_sampled: whether the first stage takes noise. threads: how
+    many load pictures.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Batches:
         seed: int,
         latent_shape: tuple[int, int, int],
         offset_noise_level: float,
+        is_sampled: bool,
         threads: int,
     ) -> None:
         self._dataset = dataset
@@ -55,6 +59,7 @@ class Batches:
         self._seed = seed
         self._latent_shape = latent_shape
         self._offset = np.float32(offset_noise_level)
+        self._is_sampled = is_sampled
         self._loaders = ThreadPoolExecutor(threads, "pictures")
 
     def batch(self, step: int) -> Batch:
@@ -74,6 +79,9 @@ class Batches:
             # Part of the noise itself, in the network's input and in its target alike.
             channels = (self._latent_shape[0], 1, 1)
             noise += self._offset * normals(self._seed, Stream.OFFSET, step, places, channels)
+        posterior = None
+        if self._is_sampled:
+            posterior = normals(self._seed, Stream.POSTERIOR, step, places, self._latent_shape)
         return Batch(
             step=step,
             samples=samples,
@@ -83,6 +91,7 @@ class Batches:
                 for key in samples[0].sizes
             },
             noise=noise,
+            posterior=posterior,
             level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, places),
             dropout_u=uniforms(self._seed, Stream.DROPOUT, step, places),
         )

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdxl_host.errors import DataError, HostError
+from sdxl_host.settings import TrainSettings
 from sdxl_host.training.result import StepResult
 
 if TYPE_CHECKING:
@@ -23,12 +24,28 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
 
 
+# Skipped steps in a row that halving the loss scale may take; 2^16 is down to 1 after 16.
+_OVERFLOWS = 20
+
+
 class FiniteGuard:
-    """Ends a run whose loss or gradients are not finite; such an update was not applied."""
+    """Ends a run whose loss or gradients are not finite; such an update was not applied.
+
+    is_scaled: with a loss scale gradients may overflow now and then, which halves it; metrics.jsonl
+    says so, and only many such steps in a row end the run.
+    """
+
+    def __init__(self, is_scaled: bool) -> None:
+        self._is_scaled = is_scaled
+        self._in_a_row = 0
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Raises HostError naming the step, its noise levels and its pictures."""
-        if not result.applied:
+        self._in_a_row = 0 if result.applied else self._in_a_row + 1
+        if self._is_scaled:
+            trainer.log("loss_scale", result.loss_scale)
+            trainer.log("skipped", not result.applied)
+        if self._in_a_row > (_OVERFLOWS if self._is_scaled else 0):
             bad = [
                 name
                 for name, loss in zip(result.samples, result.losses, strict=True)
@@ -151,33 +168,35 @@ def _clock(seconds: float) -> str:
 
 
 class Grids:
-    """Draws the same prompts every `interval` steps and at the end: samples/step_N.png."""
+    """Draws the same prompts every `sample_interval` steps and at the end: samples/step_N.png."""
 
     def __init__(
         self,
         sampler: Callable[[], PictureSampler],
         prompts: Sequence[str],
-        interval: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
+        settings: TrainSettings,
     ) -> None:
         self._sampler = sampler
         self._prompts = list(prompts)
-        self._interval = interval
-        self._steps = steps
-        self._guidance_scale = guidance_scale
-        self._seed = seed
+        self._settings = settings
         self.last: Path | None = None
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Draws now, if it is time."""
-        due = self._interval and result.step % self._interval == 0
+        settings = self._settings
+        due = settings.sample_interval and result.step % settings.sample_interval == 0
         if due or trainer.is_last:
             from sdxl_host.sampling.grid import save_grid
+            from sdxl_host.sampling.samplers import own_if_auto
 
             pixels = self._sampler().draw(
-                self._prompts, self._steps, self._guidance_scale, self._seed
+                self._prompts,
+                settings.sample_steps,
+                settings.guidance_scale,
+                settings.seed,
+                negative_prompt=settings.negative_prompt or None,
+                sampler=own_if_auto(settings.sampler),
+                spacing=own_if_auto(settings.spacing),
             )
             self.last = trainer.save_path / "samples" / f"step_{result.step:08d}.png"
             try:

@@ -12,11 +12,19 @@ skipped step does not advance a schedule and nothing is computed with 1 - beta^k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-__all__ = ["AdamW", "AdamWeightDecay", "LambdaWarmUpScheduler", "Optimizer", "learning_rates"]
+__all__ = [
+    "AdamW",
+    "AdamWeightDecay",
+    "LambdaLinearScheduler",
+    "LambdaWarmUpScheduler",
+    "Optimizer",
+    "learning_rates",
+]
 
 
 class Schedule(Protocol):
@@ -40,6 +48,58 @@ class LambdaWarmUpScheduler:
     def factors(self, updates: int) -> np.ndarray:
         k = np.arange(1, updates + 1, dtype=np.float64)
         return np.minimum(1.0, k / max(self.warm_up_steps, 1))
+
+
+class LambdaLinearScheduler:
+    """Cycles of linear warm-up and linear decay, as in the original latent diffusion code.
+
+    Each argument has one number a cycle. In a cycle, update n = 0, 1, ... has the factor that goes
+    from f_start to f_max over `warm_up_steps`, and from then on the line that joins f_max at n = 0
+    to f_min at the cycle's end, `cycle_lengths`.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[float],
+    ) -> None:
+        cycles = {len(warm_up_steps), len(f_min), len(f_max), len(f_start), len(cycle_lengths)}
+        if len(cycles) != 1 or 0 in cycles:
+            raise ValueError(
+                "LambdaLinearScheduler: warm_up_steps, f_min, f_max, f_start and cycle_lengths "
+                "must be lists of one length, one number a cycle"
+            )
+        if min(warm_up_steps) < 0 or min(cycle_lengths) <= 0:
+            raise ValueError(
+                "LambdaLinearScheduler: warm_up_steps must be at least 0 and cycle_lengths above 0"
+            )
+        if min(*f_min, *f_max, *f_start) < 0:
+            raise ValueError("LambdaLinearScheduler: f_min, f_max and f_start must be at least 0")
+        self.warm_up_steps, self.cycle_lengths = warm_up_steps, cycle_lengths
+        self.f_min, self.f_max, self.f_start = f_min, f_max, f_start
+
+    def factors(self, updates: int) -> np.ndarray:
+        ends = np.cumsum(np.asarray(self.cycle_lengths, np.float64))
+        if updates > ends[-1]:
+            raise ValueError(
+                f"LambdaLinearScheduler: the cycles end after {ends[-1]:.0f} updates, and the run "
+                f"has {updates}; lengthen the last of cycle_lengths"
+            )
+        k = np.arange(updates, dtype=np.float64)
+        cycle = np.searchsorted(ends, k, side="right")
+        n = k - np.append(0.0, ends)[cycle]
+        warm_up, length, low, high, start = (
+            np.asarray(values, np.float64)[cycle]
+            for values in (
+                self.warm_up_steps, self.cycle_lengths, self.f_min, self.f_max, self.f_start
+            )
+        )  # fmt: skip
+        rising = start + (high - start) * n / np.maximum(warm_up, 1.0)
+        falling = low + (high - low) * (length - n) / length
+        return np.where(n < warm_up, rising, falling)
 
 
 def learning_rates(base: float, schedule: Schedule | None, updates: int) -> np.ndarray:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sdxl_host.assembly import weight_lines
 from sdxl_host.config import RunConfig
+from sdxl_host.device import on_ascend
+from sdxl_host.models.attention import attention_in_use
 from sdxl_host.training.checkpoint import Checkpoint
 from sdxl_host.training.optimizer import Optimizer
+from sdxl_host.training.precision import PRECISIONS, is_half
+from sdxl_host.weights.source import Source
 
 if TYPE_CHECKING:
     from sdxl_host.training.trainer import Trainer
@@ -37,16 +42,34 @@ def record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def start_lines(trainer: Trainer, optimizer: Optimizer, checkpoint: Checkpoint | None) -> list[str]:
-    """The block at the start of a run: plugins, objective, network, data, and what to note."""
+def start_lines(
+    trainer: Trainer, optimizer: Optimizer, checkpoint: Checkpoint | None, source: Source | None
+) -> list[str]:
+    """The block at the start of a run: plugins, objective, network, data, and what to note.
+
+    source: the weights the run starts from, None where it begins untrained or resumes.
+    """
     config, dataset = trainer.config, trainer.dataset
+    attention = attention_in_use(
+        trainer.parts.cell.attention_type,
+        "Ascend" if on_ascend() else "CPU",
+        is_half(config.train.ms_amp_level),
+    )
     trained = sum(parameter.size for parameter in trainer.parts.trained)
     lines = [
         f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
         *(f"            {line}" for line in trainer.hooks.describe()),
         f"objective   {trainer.model.preconditioning.name}",
         f"network     {trained:,} parameters trained",
+        f"attention   {attention}",
+        f"precision   {config.train.ms_amp_level}, {PRECISIONS[config.train.ms_amp_level]}",
     ]
+    if source is not None:
+        lines += weight_lines(source, trainer.model)
+    elif checkpoint is None:
+        lines.append(
+            "weights     none, everything starts untrained (--weight FILE starts from one)"
+        )
     if dataset.is_demo:
         lines += [
             f"data        {len(dataset)} captioned pictures that the package carries",

@@ -82,3 +82,8 @@ class StepResult:
     def learning_rate(self) -> float:
         """The learning rate of this update."""
         return float(self._outputs[4].asnumpy())
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss was multiplied by against vanishing gradients; 1 in full precision."""
+        return float(self._outputs[5].asnumpy())

@@ -25,6 +25,9 @@ def _square_sum_of(gradient):
     return ops.square(gradient.astype(ms.float32)).sum()
 
 
+# Updates without an overflow after which the loss scale is doubled.
+_GROWTH_INTERVAL = 2000
+
 _update = ops.MultitypeFuncGraph("update")
 
 
@@ -61,6 +64,9 @@ class TrainStep(nn.Cell):
 
     network: F(x, c_noise, context, vector, mask). parameters: those of it that are trained.
     table: (updates, 4), see `optimizer`. max_grad_norm: global norm to clip to, or None.
+    loss_scale: what the loss is first multiplied by, so that gradients in float16 do not vanish;
+    it is halved when they overflow and doubled after 2000 updates without (Micikevicius et al.
+    2018). None: no scaling.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class TrainStep(nn.Cell):
         optimizer: Optimizer,
         table: np.ndarray,
         max_grad_norm: float | None,
+        loss_scale: float | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
@@ -86,13 +93,19 @@ class TrainStep(nn.Cell):
         self.beta2 = Tensor(optimizer.beta2, ms.float32)
         self.one = Tensor(1.0, ms.float32)
         self.zero = Tensor(0.0, ms.float32)
+        self.is_scaled = loss_scale is not None
+        self.scale = Parameter(
+            Tensor(loss_scale or 1.0, ms.float32), name="loss_scale", requires_grad=False
+        )
+        # Updates applied since the scale last changed.
+        self.unchanged = Parameter(Tensor(0, ms.int32), name="loss_scale_age", requires_grad=False)
         self.limit = None if max_grad_norm is None else Tensor(max_grad_norm, ms.float32)
         self.kernel = ops.AdamWeightDecay()
         self.map = ops.HyperMap()
         self.gradient = ops.value_and_grad(self.loss, None, self.parameters, has_aux=True)
 
     def loss(self, latents, noise, coefficients, context, vector, mask):
-        """Mean of w * losses, and the losses (B,) themselves: see `construct`."""
+        """The mean of w * losses, scaled and as it is, and the losses (B,): see `construct`."""
         p, q, a, b, w, c_noise = (
             coefficients[0],
             coefficients[1],
@@ -107,23 +120,31 @@ class TrainStep(nn.Cell):
         target = _spread(a) * latents + _spread(b) * noise
         error = ops.square(output.astype(ms.float32) - target)
         losses = error.mean(axis=(1, 2, 3))
-        return (w * losses).mean(), losses
+        loss = (w * losses).mean()
+        return loss * self.scale if self.is_scaled else loss, loss, losses
 
     def construct(self, latents, noise, coefficients, context, vector, mask):
         """One update.
 
         latents, noise (B, C, H, W); coefficients (6, B) as `Coefficients.stacked`; context
         (B, L, D); vector (B, V); mask (B, L). All float32. Returns the weighted loss, the losses
-        (B,) unweighted, the global gradient norm, whether all was finite, and the learning rate.
+        (B,) unweighted, the global gradient norm, whether all was finite, the learning rate, and
+        the loss scale of this update.
         """
-        (loss, losses), gradients = self.gradient(
+        (_, loss, losses), gradients = self.gradient(
             latents, noise, coefficients, context, vector, mask
         )
         norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
+        # What the gradients are multiplied by: clipping, and the loss scale taken back.
+        scale = used = self.one
+        if self.is_scaled:
+            used = self.scale + self.zero
+            norm = norm / used
         finite = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
-        scale = self.one
         if self.limit is not None:
             scale = ops.minimum(self.one, self.limit / norm)
+        if self.is_scaled:
+            scale = scale / used
         row = self.table[ops.minimum(self.applied, self.last)]
         done = self.map(
             ops.partial(
@@ -145,17 +166,31 @@ class TrainStep(nn.Cell):
         )
         counted = ops.assign_add(self.applied, finite.astype(ms.int32))
         loss = ops.depend(loss, (done, counted))
-        return loss, losses, norm, finite, row[0]
+        if self.is_scaled:
+            loss = ops.depend(loss, self.rescale(finite, used))
+        return loss, losses, norm, finite, row[0], used
+
+    def rescale(self, finite, used):
+        """Moves the loss scale after an update that was applied or not."""
+        age = ops.select(finite, self.unchanged + 1, ops.zeros_like(self.unchanged))
+        grown = ops.select(age >= _GROWTH_INTERVAL, used * 2.0, used)
+        shrunk = ops.maximum(used * 0.5, self.one)
+        age = ops.select(age >= _GROWTH_INTERVAL, ops.zeros_like(age), age)
+        changed = ops.assign(self.scale, ops.select(finite, grown, shrunk))
+        return ops.depend(changed, ops.assign(self.unchanged, age))
 
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name, as float32 and int32 arrays."""
-        kept = [*self.moments1, *self.moments2, self.applied]
-        return {parameter.name: parameter.asnumpy() for parameter in kept}
+        return {parameter.name: parameter.asnumpy() for parameter in self._state()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Takes back what `state` gave. Before the first step: see `compiled`."""
-        for parameter in [*self.moments1, *self.moments2, self.applied]:
+        for parameter in self._state():
             parameter.set_data(Tensor(state[parameter.name]))
+
+    def _state(self) -> list[Parameter]:
+        kept = [*self.moments1, *self.moments2, self.applied]
+        return [*kept, self.scale, self.unchanged] if self.is_scaled else kept
 
 
 def compiled(step: TrainStep, eager: bool) -> Callable[..., Any]:

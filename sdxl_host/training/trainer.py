@@ -14,18 +14,19 @@ import numpy as np
 from mindspore import Tensor
 from omegaconf import OmegaConf
 
-from sdxl_host.assembly import check_weight, make_hooks, make_parts
+from sdxl_host.assembly import make_hooks, make_parts, open_weight
 from sdxl_host.config import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.diffusion.objective import Noise, coefficients
 from sdxl_host.errors import ConfigError, PluginError
-from sdxl_host.sampling.sampler import PictureSampler
+from sdxl_host.sampling.sampler import Conditions, PictureSampler
 from sdxl_host.targets import build
 from sdxl_host.training.batches import Batch, Batches
 from sdxl_host.training.checkpoint import Checkpoint, save_checkpoint
 from sdxl_host.training.observers import Checkpoints, FiniteGuard, Grids, Metrics, Progress
 from sdxl_host.training.optimizer import Optimizer, learning_rates
+from sdxl_host.training.precision import LOSS_SCALE, apply_precision, is_half
 from sdxl_host.training.report import plugin_list, record, start_lines
 from sdxl_host.training.result import StepResult
 from sdxl_host.training.resume import find_checkpoint, make_folder, settings_text
@@ -52,8 +53,7 @@ class Trainer:
 
         # What is cheap to get wrong comes first.
         checkpoint = find_checkpoint(config)
-        if config.train.weight:
-            check_weight(config.train.weight)
+        source = open_weight(config.train.weight)
         self.dataset: Text2ImageDataset = build(
             OmegaConf.to_container(config.tree.data.dataset_config),
             "dataset",
@@ -67,16 +67,19 @@ class Trainer:
         self.save_path = make_folder(config, checkpoint)
 
         # The networks, their weights, and the step that trains them.
-        self.parts = make_parts(self.model, config.train.seed, config.train.weight)
+        self.parts = make_parts(self.model, config.train.seed, source)
+        self._check_widths()
         limit = config.train.max_grad_norm if config.train.clip_grad else None
-        self._cell = TrainStep(self.parts.cell, self.parts.trained, optimizer, table, limit)
+        apply_precision(self.parts.cell, config.train.ms_amp_level)
+        scale = LOSS_SCALE if is_half(config.train.ms_amp_level) else None
+        self._cell = TrainStep(self.parts.cell, self.parts.trained, optimizer, table, limit, scale)
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
         self._eager = config.train.ms_mode == 1
         self._run_step = compiled(self._cell, self._eager)
         self._sampler: PictureSampler | None = None
-        for line in start_lines(self, optimizer, checkpoint):
+        for line in start_lines(self, optimizer, checkpoint, source):
             say(line)
 
     # ---- the run
@@ -93,22 +96,18 @@ class Trainer:
         batch_size = self.config.data.per_batch_size
         metrics = Metrics(self.save_path / "metrics.jsonl", settings.log_interval, self.step)
         progress = Progress(first, self.total_steps, batch_size, self._say)
-        grids = Grids(
-            self.sampler,
-            self._grid_prompts(),
-            settings.sample_interval,
-            settings.sample_steps,
-            settings.guidance_scale,
-            seed,
-        )
+        grids = Grids(self.sampler, self._grid_prompts(), settings)
         checkpoints = Checkpoints(settings.save_ckpt_interval)
-        self.hooks.observe([FiniteGuard(), metrics, progress, checkpoints, grids])
+        self.hooks.observe(
+            [FiniteGuard(self._cell.is_scaled), metrics, progress, checkpoints, grids]
+        )
         batches = Batches(
             self.dataset,
             Order(len(self.dataset), batch_size, seed, self.config.data.shuffle),
             seed,
             self._latent_shape(),
             self.model.offset_noise_level,
+            self.model.first_stage.is_sampled,
             self.config.data.num_parallel_workers,
         )
         if not self._eager:
@@ -167,7 +166,7 @@ class Trainer:
         embedding = self.hooks.encode_prompt(captions, self.model.encoders)
         vector = conditioner.vector(embedding, batch.sizes)
         embedding, vector = conditioner.drop(embedding, vector, batch.dropout_u)
-        latents = self.model.first_stage.encode(batch.pixels)
+        latents = self.model.first_stage.encode(batch.pixels, batch.posterior)
         mask = embedding.attended()
         arrays = (latents, batch.noise, numbers, embedding.context, vector, mask)
         return [Tensor(np.ascontiguousarray(array, np.float32)) for array in arrays]
@@ -191,8 +190,10 @@ class Trainer:
         """Draws pictures from the weights as they are."""
         if self._sampler is None:
             size = (self.dataset.target_size, self.dataset.target_size)
-            original = self.dataset.typical_size()
-            self._sampler = PictureSampler(self.hooks, self.model, size, original, self._eager)
+            told = Conditions(
+                size, self.dataset.typical_size(), aesthetic_score=self.dataset.aesthetic_score
+            )
+            self._sampler = PictureSampler(self.hooks, self.model, told, self._eager)
         return self._sampler
 
     def save(self) -> Path:
@@ -234,14 +235,30 @@ class Trainer:
         self.hooks.load_state_dict(checkpoint.plugin_states())
         self.step = checkpoint.step
 
+    def _check_widths(self) -> None:
+        """Raises ConfigError where the parts of the model do not fit each other or the pictures."""
+        network, first_stage = self.parts.cell, self.model.first_stage
+        conditioner = self.model.conditioner
+        for key, has, needs, whose in (
+            ("in_channels", network.in_channels, first_stage.channels, "the first stage's latents"),
+            ("context_dim", network.context_dim, conditioner.context_width, "the text encoders"),
+            ("adm_in_channels", network.adm_in_channels, conditioner.vector_width, "the embedders"),
+        ):
+            if has != needs:
+                raise ConfigError(
+                    f"model.params.network_config.params.{key}: {has} does not fit {whose}, which "
+                    f"give {needs}; set it to {needs}"
+                )
+        step = first_stage.downsampling * network.downsampling
+        if self.dataset.target_size % step:
+            raise ConfigError(
+                f"data.dataset_config.params.target_size: {self.dataset.target_size} must be a "
+                f"multiple of {step}, by which autoencoder and network downsample"
+            )
+
     def _latent_shape(self) -> tuple[int, int, int]:
         first_stage = self.model.first_stage
         side = self.dataset.target_size // first_stage.downsampling
-        if self.parts.cell.in_channels != first_stage.channels:
-            raise ConfigError(
-                f"model.params.network_config.params.in_channels: {self.parts.cell.in_channels} "
-                f"does not fit the first stage, whose latents have {first_stage.channels} channels"
-            )
         return first_stage.channels, side, side
 
     def _grid_prompts(self) -> list[str]:

@@ -1,0 +1,134 @@
+"""Loads a diffusers folder, trains it one step, exports it, and writes what its networks compute.
+
+    python tests/parity/round_trip.py PIPELINE OUT
+
+PIPELINE is what make_pipeline.py wrote. OUT gets `run/`, the export as `folder/` (diffusers) and
+`single.safetensors`, and `expected.npz` with the keys that check_export.py lists. Exit 1 where the
+step left the weights as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# As the program sets them itself, where it is what imports MindSpore first.
+os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+os.environ.setdefault("GLOG_v", "3")
+
+import numpy as np
+
+from sdxl_host.assembly import make_hooks, make_parts, open_weight
+from sdxl_host.cli import main as command
+from sdxl_host.config import load
+from sdxl_host.device import prepare_device
+from sdxl_host.prompts import PromptEmbedding
+
+_EMBEDDERS = "model.params.conditioner_config.params.emb_models"
+# The packaged config of SDXL's base at the widths of make_pipeline.py.
+SETTINGS = [
+    "--config", "configs/training/sd_xl_base_finetune_910b.yaml",
+    "model.params.network_config.params.model_channels=32",
+    "model.params.network_config.params.num_head_channels=16",
+    "model.params.network_config.params.transformer_depth=[1,1,2]",
+    "model.params.network_config.params.context_dim=96",
+    "model.params.network_config.params.adm_in_channels=160",
+    "model.params.first_stage_config.params.ddconfig.ch=32",
+    "model.params.first_stage_config.params.ddconfig.ch_mult=[1,1,2,2]",
+    *[
+        f"{_EMBEDDERS}[{index}].params.{key}={value}"
+        for index, width in enumerate((32, 64))
+        for key, value in {"width": width, "layers": 3, "heads": width // 16}.items()
+    ],
+    f"{_EMBEDDERS}[0].params.layer_idx=2",
+    *[f"{_EMBEDDERS}[{index}].params.outdim=16" for index in (2, 3, 4)],
+    "data.dataset_config.params.target_size=64",
+    "data.dataset_config.params.transforms[0].params.size=64",
+    "optim.base_learning_rate=0.01",
+    "optim.scheduler_config=null",
+    "--ms_mode", "1",
+]  # fmt: skip
+
+
+def train(pipeline: Path, folder: Path) -> Path:
+    """One step from the pipeline's weights; the checkpoint."""
+    words = [*SETTINGS, "--weight", str(pipeline), "--save_path", str(folder)]
+    words += ["--save_path_with_time", "False", "--total_step", "1", "--sample_steps", "1"]
+    if command(["train", *words, "train.sample_count=1"]):
+        raise SystemExit("round_trip: the step failed")
+    return folder / "checkpoints" / "latest"
+
+
+def outputs(weights: Path) -> dict[str, np.ndarray]:
+    """Inputs, and what the networks with these weights make of them."""
+    from mindspore import Tensor
+
+    settings = load(SETTINGS)
+    model = make_hooks(settings).build_model(settings.tree)
+    make_parts(model, 0, open_weight(str(weights)))
+    generator = np.random.default_rng(7)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    time_ids = np.asarray([[64, 96, 0, 8, 64, 96], [512, 512, 3, 0, 256, 384]], np.float32)
+    arrays = {
+        "unet_x": normal(2, 4, 8, 12),
+        "unet_timesteps": np.asarray([17.0, 801.0], np.float32),
+        "unet_context": normal(2, 77, 96),
+        "unet_pooled": normal(2, 64),
+        "unet_time_ids": time_ids,
+        "vae_pixels": normal(1, 3, 64, 96),
+        "vae_z": normal(1, 4, 8, 12),
+    }
+    keys = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+    sizes = {key: time_ids[:, 2 * i : 2 * i + 2] for i, key in enumerate(keys)}
+    prompts = ["", "a photo of a cat", "an owl on a red bicycle, " * 20]
+    for number, encoder in enumerate(model.encoders, 1):
+        rows = []
+        for prompt in prompts:
+            kept = encoder.tokenize(prompt)[:75]
+            row = [encoder.begin, *kept, encoder.end]
+            rows.append(row + [encoder.pad] * (77 - len(row)))
+        ids = np.asarray(rows, np.int64)
+        hidden, pooled = encoder.encode(ids)
+        arrays |= {f"ids_{number}": ids, f"hidden_{number}": hidden}
+        if pooled is not None:
+            arrays[f"pooled_{number}"] = pooled
+    told = PromptEmbedding(arrays["unet_context"], arrays["unet_pooled"])
+    vector = model.conditioner.vector(told, sizes)
+    given = [arrays["unet_x"], arrays["unet_timesteps"], arrays["unet_context"], vector]
+    given.append(np.ones((2, 77), np.float32))
+    cell = model.first_stage.cell
+    arrays["unet_out"] = model.network(*map(Tensor, given)).asnumpy()
+    arrays["vae_moments"] = cell.moments(Tensor(arrays["vae_pixels"])).asnumpy()
+    arrays["vae_decoded"] = cell.decode_latents(Tensor(arrays["vae_z"])).asnumpy()
+    return arrays
+
+
+def main() -> int:
+    """Train, export and compute; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    prepare_device("CPU")
+    checkpoint = train(options.pipeline, options.out / "run")
+    exports = [options.out / "folder", options.out / "single.safetensors"]
+    for export in exports:
+        if command(["convert", str(checkpoint), str(export)]):
+            return 1
+    before = open_weight(str(options.pipeline))
+    after = open_weight(str(exports[1]))
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    if np.array_equal(before.read(name), after.read(name)):
+        print(f"round_trip: {name} is what it was before the step")
+        return 1
+    np.savez(options.out / "expected.npz", **outputs(exports[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
