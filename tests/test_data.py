@@ -319,6 +319,7 @@ def test_a_sample_has_what_a_step_takes(folder):
         "original_size_as_tuple",
         "crop_coords_top_left",
         "target_size_as_tuple",
+        "aesthetic_score",
     }
     assert sample.sizes["original_size_as_tuple"] == (16, 24)  # height first
     assert sample.sizes["target_size_as_tuple"] == (SIDE, SIDE)

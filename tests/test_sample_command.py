@@ -112,9 +112,80 @@ def test_a_plugin_that_is_gone_is_named(edm: Path, monkeypatch, tmp_path: Path, 
     assert "plugin edm is not installed; pip install sdxl-edm" in capsys.readouterr().err
 
 
+def test_weights_draw_what_their_checkpoint_draws(plain: Path, tmp_path: Path, capsys) -> None:
+    """The same picture, where the same is said: the checkpoint knows the pictures' typical size."""
+    words = ["--prompt", "an owl", "--steps", "2", "--out"]
+    assert sample(plain, *words, str(tmp_path / "a.png")) == 0
+    weight = ["--weight", str(plain), "--config", NANO]
+    told = ["--original_size", "64x64"]
+    assert main(["sample", *weight, *told, *words, str(tmp_path / "b.png")]) == 0
+    said = capsys.readouterr().out
+    assert f"weights     {plain} (checkpoint of step 3)" in said
+    assert main(["sample", *weight, *words, str(tmp_path / "c.png")]) == 0
+    first, second, third = (picture(tmp_path / f"{name}.png") for name in "abc")
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, third)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--negative_prompt", "a key"],
+        ["--sampler", "heun"],
+        ["--spacing", "karras"],
+        ["--crop_top_left", "0x40"],
+        ["--target_size", "64x32"],
+        ["--original_size", "512x512"],
+    ],
+    ids=lambda flags: flags[0][2:],
+)
+def test_each_flag_changes_the_picture(
+    flags: list[str], plain: Path, tmp_path: Path, device: str
+) -> None:
+    words = ["--prompt", "an owl", "--steps", "3", "--guidance_scale", "4", "--out"]
+    assert sample(plain, *words, str(tmp_path / "a.png")) == 0
+    assert sample(plain, *flags, *words, str(tmp_path / "b.png")) == 0
+    assert not np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+
+
+def test_the_size_is_that_of_the_picture(plain: Path, device: str) -> None:
+    sampler, _ = restore_sampler(plain, size=(16, 32))
+    assert sampler.draw(["an owl"], 1, 1.0, 0).shape == (1, 3, 16, 32)
+
+
+def test_plugins_are_given_to_weights_as_to_training(edm: Path, tmp_path: Path, capsys) -> None:
+    weight = ["--weight", str(edm), "--config", NANO, "--prompt", "x", "--steps", "1"]
+    out = ["--out", str(tmp_path / "a.png")]
+    assert main(["sample", *weight, *out, "--plugins", "edm", "--edm_sigma_data", "0.7"]) == 0
+    assert "objective   edm, spacing karras" in capsys.readouterr().out
+    assert main(["sample", *weight, *out]) == 0
+    said = capsys.readouterr().out
+    assert "note        these weights were trained with the objective edm, not eps" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--checkpoint", "n", "--weight", "n", "--prompt", "x"], "give either --checkpoint"),
+        (["--checkpoint", "n", "--config", "c", "--prompt", "x"], "a checkpoint has its own"),
+        (["--weight", "n", "--prompt", "x", "--stepz", "1"], "--stepz: there is no such flag"),
+        (["--weight", "nowhere", "--prompt", "x"], "nowhere: there is no such file or folder"),
+        (["--weight", "n", "--prompt", "x", "--size", "10"], "'10' must be two numbers"),
+        (["--checkpoint", "n", "--prompt", "x", "--sampler", "hein"], "did you mean heun?"),
+        (["--checkpoint", "n", "--prompt", "x", "--spacing", "even"], "--spacing even: must be"),
+        (
+            [
+                "--checkpoint",
+                "n",
+                "--prompt",
+                "x",
+                "--negative_prompt",
+                "y",
+                "--guidance_scale",
+                "1",
+            ],
+            "--negative_prompt: has no effect",
+        ),
         (["--checkpoint", "nowhere", "--prompt", "x"], "nowhere: is no checkpoint"),
         (["--prompt", "x"], "--checkpoint"),
         (["--checkpoint", "nowhere"], "--prompt"),

@@ -123,7 +123,7 @@ def make_step(
 
 
 def run(step: Callable[..., Any], batch: Arrays) -> tuple[Any, ...]:
-    """loss, losses, norm, finite and learning rate, as numpy."""
+    """loss, losses, norm, finite, learning rate and loss scale, as numpy."""
     return tuple(output.asnumpy() for output in step(*tensors(batch)))
 
 
@@ -244,7 +244,7 @@ def test_twenty_updates(optimizer, corrected, limit):
         batch = make_batch(k)
         gradients = {n: g.astype(np.float64) for n, g in gradients_of(step, batch).items()}
         reference_update(optimizer, corrected, k, rate, limit)(weights, m, v, gradients, decays)
-        *_, finite, reported = run(step.construct, batch)
+        *_, finite, reported, _ = run(step.construct, batch)
         assert finite
         assert reported == pytest.approx(rate, rel=1e-6)
     state = step.state()
@@ -329,7 +329,7 @@ def test_clipping_by_the_global_norm(share):
 def test_a_gradient_of_0_is_not_clipped():
     """limit / 0 is infinite and not a number must not come of it."""
     step = make_step(max_grad_norm=1.0)
-    loss, _, norm, finite, _ = run(step.construct, make_batch(w=0.0))
+    loss, _, norm, finite, *_ = run(step.construct, make_batch(w=0.0))
     assert (loss, norm) == (0, 0)
     assert finite
     assert all(np.isfinite(values).all() for values in everything(step).values())
@@ -371,7 +371,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, limit):
     run(step.construct, make_batch(1))
     run(step.construct, make_batch(2))
     before = everything(step)
-    loss, losses, _, finite, rate = run(step.construct, spoiled(kind))
+    loss, losses, _, finite, rate, _ = run(step.construct, spoiled(kind))
     assert not finite
     assert rate == pytest.approx(0.03)
     if kind == "nan latent":
@@ -379,7 +379,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, limit):
     if kind == "overflowing norm":
         assert np.isfinite(loss)
     assert_same_bits(everything(step), before)
-    *_, finite, rate = run(step.construct, make_batch(3))
+    *_, finite, rate, _ = run(step.construct, make_batch(3))
     assert finite
     assert rate == pytest.approx(0.03)
     assert step.state()["applied"] == 3
@@ -515,7 +515,7 @@ def test_law_one_denoiser_one_loss():
         vector = np.stack([parametrisation.c_in(sigma), c_skip, c_out, sigma], axis=1)
         batch["coefficients"] = coefficients(parametrisation, sigma, weight).stacked()
         batch["vector"] = vector.astype(np.float32)
-        (loss, losses), gradients = step.gradient(*tensors(batch))
+        (_, loss, losses), gradients = step.gradient(*tensors(batch))
         np.testing.assert_allclose(losses.asnumpy() * c_out**2, errors, rtol=2e-5)
         np.testing.assert_allclose(loss.asnumpy(), (weight * errors).mean(), rtol=2e-5)
         slopes.append(np.concatenate([g.asnumpy().ravel() for g in gradients]))

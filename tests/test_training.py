@@ -350,8 +350,17 @@ def test_training_starts_from_given_weights(train: Train, plain: Path, tmp_path:
     started = train("--weight", str(plain / "checkpoints" / "latest"), "--seed", "3")
     fresh = train("--seed", "3")
     assert losses(started)[0] != losses(fresh)[0]
-    file = plain / "checkpoints" / "latest" / "network.safetensors"
-    assert losses(train("--weight", str(file))) != losses(plain)
+
+
+def test_weights_without_text_encoders_are_refused_unless_others_bring_them(
+    train: Train, plain: Path
+) -> None:
+    checkpoint = plain / "checkpoints" / "latest"
+    network = checkpoint / "network.safetensors"
+    with pytest.raises(DataError, match=r"network\.safetensors .*: lacks all \d+ of conditioner\."):
+        train("--weight", str(network))
+    both = train("--weight", f"{checkpoint},{network}", "--seed", "3")
+    assert losses(both) == losses(train("--weight", str(checkpoint), "--seed", "3"))
 
 
 def test_weights_of_another_model_are_refused_by_name(train: Train, plain: Path) -> None:

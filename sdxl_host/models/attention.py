@@ -54,7 +54,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tenso
             scores.dtype
         )
         scores = by_head.reshape(scores.shape)
-    # In float32 at every precision level: with many keys, float16 would round small weights away.
+    # In float32 at every precision level, as in `BlockwiseAttention`.
     weights = ops.softmax(scores.astype(ms.float32), axis=-1).astype(v.dtype)
     return _join_heads(ops.bmm(weights, v), heads)
 
@@ -116,6 +116,7 @@ class BlockwiseAttention(nn.Cell):
         # Primitives, because the compiler can't take the functions `ops.softmax` and `ops.bmm`
         # in a `bprop`.
         self.softmax = ops.Softmax(axis=-1)
+        self.cast = ops.Cast()
         self.multiply = ops.BatchMatMul()
         self.multiply_transposed = ops.BatchMatMul(transpose_b=True)  # a b^T
         self.transposed_multiply = ops.BatchMatMul(transpose_a=True)  # a^T b
@@ -130,9 +131,14 @@ class BlockwiseAttention(nn.Cell):
             if outputs:
                 # One block after another: side by side they would need all the memory at once.
                 block = ops.depend(block, outputs[-1])
-            probabilities = self.softmax(self.multiply_transposed(block, key))
+            probabilities = self._probabilities(block, key)
             outputs = (*outputs, self.multiply(probabilities, value))
         return ops.concat(outputs, axis=1)
+
+    def _probabilities(self, block, key):
+        # In float32 at every precision level: with many keys, float16 would round small ones away.
+        scores = self.cast(self.multiply_transposed(block, key), ms.float32)
+        return self.cast(self.softmax(scores), key.dtype)
 
     def bprop(self, query, key, value, out, d_out):
         # Softmax's gradient is p * (dp - c) with c = sum(p * dp), which is out . d_out. One more
@@ -150,7 +156,7 @@ class BlockwiseAttention(nn.Cell):
             # Through d_key each block waits for the one before.
             block = ops.depend(query[:, start:stop], d_key)
             slope = ops.depend(slopes[:, start:stop], d_key)
-            probabilities = self.softmax(self.multiply_transposed(block, key))
+            probabilities = self._probabilities(block, key)
             d_value = d_value + self.transposed_multiply(probabilities, d_out[:, start:stop])
             d_scores = probabilities * self.multiply_transposed(slope, values)
             d_query = (*d_query, self.multiply(d_scores, key))

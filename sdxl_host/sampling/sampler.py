@@ -136,6 +136,10 @@ class PictureSampler:
         mask = embedding.attended().astype(np.float32)
         return Tensor(embedding.context), Tensor(vector), Tensor(mask)
 
+    def _answer(self, *inputs: Tensor) -> np.ndarray:
+        """The network's output in float32, whatever it computes in."""
+        return self._network(*inputs).asnumpy().astype(np.float32)
+
     def _guided(
         self, inputs: list[tuple[Tensor, Tensor, Tensor]], scale: float
     ) -> Callable[[np.ndarray, float], np.ndarray]:
@@ -148,8 +152,8 @@ class PictureSampler:
             scaled = Tensor((preconditioning.c_in(s) * x).astype(np.float32))
             c_noise = Tensor(np.full(len(x), preconditioning.c_noise(s), np.float32))
             answers = [
-                denoise(preconditioning, x, sigma, self._network(scaled, c_noise, *i).asnumpy())
-                for i in inputs
+                denoise(preconditioning, x, sigma, self._answer(scaled, c_noise, *given))
+                for given in inputs
             ]
             if len(answers) == 1:
                 return answers[0]

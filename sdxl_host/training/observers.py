@@ -92,7 +92,9 @@ class Metrics:
             **trainer.logged,
         }
         try:
-            self._file.write(json.dumps(line) + "\n")
+            # Of a skipped step some numbers are not finite, which JSON has no word for.
+            told = {k: v if np.isfinite(v) else None for k, v in line.items()}
+            self._file.write(json.dumps(told) + "\n")
             self._file.flush()
         except OSError as error:
             raise DataError(

@@ -27,6 +27,7 @@ def _square_sum_of(gradient):
 
 # Updates without an overflow after which the loss scale is doubled.
 _GROWTH_INTERVAL = 2000
+_LARGEST_SCALE = 2.0**24
 
 _update = ops.MultitypeFuncGraph("update")
 
@@ -173,7 +174,8 @@ class TrainStep(nn.Cell):
     def rescale(self, finite, used):
         """Moves the loss scale after an update that was applied or not."""
         age = ops.select(finite, self.unchanged + 1, ops.zeros_like(self.unchanged))
-        grown = ops.select(age >= _GROWTH_INTERVAL, used * 2.0, used)
+        doubled = ops.minimum(used * 2.0, _LARGEST_SCALE)
+        grown = ops.select(age >= _GROWTH_INTERVAL, doubled, used)
         shrunk = ops.maximum(used * 0.5, self.one)
         age = ops.select(age >= _GROWTH_INTERVAL, ops.zeros_like(age), age)
         changed = ops.assign(self.scale, ops.select(finite, grown, shrunk))

@@ -1,0 +1,448 @@
+"""Mixed precision: the types that cells compute in, the loss scale, and runs at O2 beside O0.
+
+Steps are eager but for one compiled step. A float16 operator takes milliseconds on CPU however
+small it is, so the runs use fewer layers than nano.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from safetensors.numpy import load_file
+
+from sdxl_host.config import load
+from sdxl_host.errors import ConfigError, HostError
+from sdxl_host.models.embedding import sinusoids
+from sdxl_host.models.unet import UNetModel
+from sdxl_host.sampling.restore import restore_sampler
+from sdxl_host.training import report, trainer
+from sdxl_host.training import step as step_module
+from sdxl_host.training.observers import FiniteGuard
+from sdxl_host.training.optimizer import AdamW
+from sdxl_host.training.precision import LOSS_SCALE, PRECISIONS, apply_precision, is_half
+from sdxl_host.training.result import StepResult
+from sdxl_host.training.step import TrainStep, compiled
+from sdxl_host.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("device")
+
+NANO = str(Path(__file__).parent / "nano.yaml")
+BATCH, CHANNELS, SIDE = 2, 2, 4
+# With so large an epsilon an update grows with the gradient, as a wrong scale would show.
+OPTIMIZER = AdamW(eps=0.1, weight_decay=0.1)
+
+Arrays = dict[str, np.ndarray]
+
+
+class Tiny(nn.Cell):
+    """A few layers of each kind that a precision level sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, 4, 3, pad_mode="pad", padding=1, has_bias=True)
+        self.groups = nn.GroupNorm(2, 4)
+        self.dense = nn.Dense(3, 4)
+        self.norm = nn.LayerNorm((4,))
+        self.act = nn.SiLU()
+        self.out = nn.Conv2d(4, CHANNELS, 1, has_bias=True)
+
+    def construct(self, x, c_noise, context, vector, mask):
+        level = self.dense(vector + c_noise.expand_dims(1) + context.mean(axis=1) * mask)
+        level = self.norm(level).expand_dims(-1).expand_dims(-1)
+        return self.out(self.act(self.groups(self.conv(x)) + level))
+
+
+def make_step(
+    loss_scale: float | None, level: str = "O0", max_grad_norm: float | None = None
+) -> TrainStep:
+    network = Tiny()
+    generator = np.random.default_rng(5)
+    for parameter in network.get_parameters():
+        values = generator.standard_normal(parameter.shape) * 0.5 + 0.1
+        parameter.set_data(Tensor(values.astype(np.float32)))
+    apply_precision(network, level)
+    parameters, table = list(network.get_parameters()), OPTIMIZER.table(np.full(200, 0.01))
+    return TrainStep(network, parameters, OPTIMIZER, table, max_grad_norm, loss_scale)
+
+
+def make_inputs(seed: int = 0, *, spoiled: bool = False) -> list[Tensor]:
+    """Inputs of a step in its order; spoiled: with an infinite noise."""
+    generator = np.random.default_rng(seed)
+    latents, noise = generator.standard_normal((2, BATCH, CHANNELS, SIDE, SIDE))
+    if spoiled:
+        noise[0, 1, 0, 0] = np.inf
+    arrays = (
+        latents,
+        noise,
+        generator.uniform(0.3, 1.5, (6, BATCH)),
+        generator.standard_normal((BATCH, 5, 3)),
+        generator.standard_normal((BATCH, 3)),
+        np.ones((BATCH, 3)),
+    )
+    return [Tensor(array.astype(np.float32)) for array in arrays]
+
+
+def run(step: Callable[..., Any], inputs: list[Tensor]) -> StepResult:
+    noise: Any = SimpleNamespace(sigma=np.ones(BATCH))
+    return StepResult(1, noise, np.ones(BATCH), ["a", "b"], step(*inputs))
+
+
+def everything(step: TrainStep) -> Arrays:
+    """Parameters, moments and the count of updates. `asnumpy` shows the memory updates write to."""
+    kept = [*step.parameters, *step.moments1, *step.moments2, step.applied]
+    return {parameter.name: parameter.asnumpy().copy() for parameter in kept}
+
+
+def scale_and_age(step: TrainStep) -> tuple[float, int]:
+    return float(step.scale.asnumpy()), int(step.unchanged.asnumpy())
+
+
+def assert_same_bits(first: Arrays, second: Arrays) -> None:
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert values.tobytes() == second[name].tobytes(), name
+
+
+def assert_close(actual: Arrays, expected: Arrays, tolerance: float) -> None:
+    """To `tolerance` of each array's peak."""
+    assert actual.keys() == expected.keys()
+    for name, values in expected.items():
+        difference = np.abs(actual[name] - values).max()
+        assert difference <= tolerance * np.abs(values).max(), name
+
+
+# ---- types
+
+
+@pytest.mark.parametrize("level", ["O0", "O2", "O3"])
+def test_what_each_cell_of_the_network_computes_in(level):
+    """And what does not change with the level: sinusoids, parameters and gradients are float32."""
+    network = UNetModel(3, 3, 32, [1, 2], 1, [2], [0, 1], 32, 32, 64)
+    apply_precision(network, level)
+    seen: dict[str, Any] = {}
+    times = []
+    kinds = (nn.Dense, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.SiLU)
+    watched = [(name, c) for name, c in network.cells_and_names() if isinstance(c, kinds)]
+    for name, cell in watched:
+        cell.register_forward_hook(
+            lambda cell, inputs, output, name=name: seen.update({name: output.dtype})
+        )
+    network.time_embed.register_forward_hook(lambda cell, inputs, output: times.append(inputs[0]))
+    parameters = list(network.get_parameters())
+    scale = 256.0 if is_half(level) else None
+    step = TrainStep(network, parameters, OPTIMIZER, OPTIMIZER.table(np.ones(1)), None, scale)
+    generator = np.random.default_rng(0)
+    shapes = [(1, 3, 4, 4), (1, 3, 4, 4), (6, 1), (1, 5, 32), (1, 64), (1, 5)]
+    arrays = [generator.uniform(0.5, 1.0, shape).astype(np.float32) for shape in shapes]
+    arrays[2][5] = 999.3  # c_noise; float16 would make 999.5 of it
+    (_, loss, _), gradients = step.gradient(*map(Tensor, arrays))
+
+    assert np.isfinite(loss.asnumpy())
+    multiplied = ms.float32 if level == "O0" else ms.float16
+    rest = ms.float16 if level == "O3" else ms.float32
+    for name, cell in watched:
+        is_product = isinstance(cell, nn.Dense | nn.Conv2d)
+        assert seen[name] == (multiplied if is_product else rest), name
+    assert {type(cell) for _, cell in watched} == set(kinds)
+    assert [time.dtype for time in times] == [ms.float32]
+    np.testing.assert_allclose(times[0].asnumpy(), sinusoids(arrays[2][5], 32), atol=1e-4)
+    assert loss.dtype == ms.float32
+    assert {p.dtype for p in parameters} == {ms.float32}
+    assert [g.dtype for g in gradients] == [ms.float32] * len(parameters)
+
+
+def test_the_level_is_a_setting():
+    assert load(["--config", NANO]).train.ms_amp_level == "O0"
+    for level in PRECISIONS:
+        assert load(["--config", NANO, "--ms_amp_level", level]).train.ms_amp_level == level
+    with pytest.raises(ConfigError, match=r"ms_amp_level.*O1"):
+        load(["--config", NANO, "--ms_amp_level", "O1"])
+
+
+# ---- what the scale leaves as it is
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 256.0])
+def test_loss_norm_and_updates_do_not_depend_on_the_scale(scale, share):
+    """share: the norm that is clipped to, as a part of the gradients' own norm."""
+    norm = run(make_step(None).construct, make_inputs()).gradient_norm
+    limit = None if share is None else share * norm
+    plain, scaled = make_step(None, "O0", limit), make_step(scale, "O0", limit)
+    for seed in range(3):
+        expected, actual = (run(s.construct, make_inputs(seed)) for s in (plain, scaled))
+        assert expected.applied
+        assert actual.applied
+        assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
+        np.testing.assert_allclose(actual.losses, expected.losses, rtol=1e-6)
+        assert actual.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-6)
+        assert actual.learning_rate == expected.learning_rate
+        assert (expected.loss_scale, actual.loss_scale) == (1.0, scale)
+    assert_close(everything(scaled), everything(plain), 1e-6)
+
+
+def test_gradients_that_float16_would_lose_survive_by_the_scale():
+    """Of a loss weighted by 1e-8, gradients in float16 are 0 unless it is scaled."""
+    inputs = make_inputs()
+    numbers = inputs[2].asnumpy()
+    numbers[4] = 1e-8
+    inputs[2] = Tensor(numbers)
+    expected = run(make_step(None).construct, inputs).gradient_norm
+    scaled = run(make_step(2.0**20, "O2").construct, inputs).gradient_norm
+    assert scaled == pytest.approx(expected, rel=0.01)
+    assert run(make_step(None, "O2").construct, inputs).gradient_norm < 0.5 * expected
+
+
+# ---- overflows
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_an_overflow_skips_the_update_and_halves_the_scale(level, limit):
+    """Loss and losses are those of the step; only gradients overflow."""
+    step, plain = make_step(1024.0, level, limit), make_step(None, level, limit)
+    run(step.construct, make_inputs(1))
+    state = step.state()
+    state["loss_scale"] = np.array(1e38, np.float32)
+    step.load_state(state)
+    for parameter, own in zip(plain.parameters, step.parameters, strict=True):
+        parameter.set_data(Tensor(own.asnumpy().copy()))
+    before = everything(step)
+    result = run(step.construct, make_inputs(2))
+    assert result.applied is False
+    assert not np.isfinite(result.gradient_norm)
+    assert result.loss == run(plain.construct, make_inputs(2)).loss
+    assert result.loss_scale == pytest.approx(1e38)
+    assert_same_bits(everything(step), before)
+    assert scale_and_age(step) == (pytest.approx(5e37), 0)
+
+
+@pytest.mark.parametrize(("level", "exponent"), [("O0", 80), ("O2", 30)])
+def test_halving_ends_where_gradients_are_finite_again(level, exponent):
+    """The update applied then is the one without a scale."""
+    step, plain = make_step(2.0**exponent, level), make_step(None)
+    skipped = 0
+    while not (result := run(step.construct, make_inputs())).applied:
+        assert result.loss_scale == 2.0 ** (exponent - skipped)
+        skipped += 1
+        assert skipped < exponent
+    assert skipped > 5
+    assert result.loss_scale == 2.0 ** (exponent - skipped)
+    assert step.applied.asnumpy() == 1
+    run(plain.construct, make_inputs())
+    assert_close(everything(step), everything(plain), 1e-5 if level == "O0" else 0.02)
+
+
+@pytest.mark.parametrize(("scale", "after"), [(1024.0, 512.0), (2.0, 1.0), (1.5, 1.0), (1.0, 1.0)])
+def test_the_scale_is_never_below_1(scale, after):
+    step = make_step(scale)
+    before = everything(step)
+    assert not run(step.construct, make_inputs(spoiled=True)).applied
+    assert scale_and_age(step) == (after, 0)
+    assert_same_bits(everything(step), before)
+    result = run(step.construct, make_inputs())
+    assert (result.applied, result.loss_scale, step.applied.asnumpy()) == (True, after, 1)
+
+
+# ---- growth
+
+# Of seven steps that double the scale after two updates, the fourth spoiled.
+USED = [64.0, 64.0, 128.0, 128.0, 64.0, 64.0, 128.0]
+AGES = [1, 0, 1, 0, 1, 0, 1]
+
+
+def test_the_scale_grows_with_age_and_an_overflow_restarts_it(monkeypatch):
+    monkeypatch.setattr(step_module, "_GROWTH_INTERVAL", 2)
+    step = make_step(64.0)
+    seen = [
+        (run(step.construct, make_inputs(k, spoiled=k == 3)).loss_scale, scale_and_age(step)[1])
+        for k in range(7)
+    ]
+    assert seen == list(zip(USED, AGES, strict=True))
+    assert scale_and_age(step) == (128.0, 1)
+
+
+def test_the_scale_is_doubled_after_2000_updates():
+    step = make_step(64.0)
+    step.load_state(step.state() | {"loss_scale_age": np.array(1998, np.int32)})
+    run(step.construct, make_inputs(1))
+    assert scale_and_age(step) == (64.0, 1999)
+    run(step.construct, make_inputs(2))
+    assert scale_and_age(step) == (128.0, 0)
+
+
+def test_compiled_equals_eager(monkeypatch):
+    """At O2, over a growth and an overflow; the scale reported is the one that was used."""
+    monkeypatch.setattr(step_module, "_GROWTH_INTERVAL", 2)
+    steps = [make_step(64.0, "O2", 2.0) for _ in range(2)]
+    graph, eager = (compiled(s, e) for s, e in zip(steps, (False, True), strict=True))
+    for k, used in enumerate(USED):
+        inputs = make_inputs(k, spoiled=k == 3)
+        actual, expected = run(graph, inputs), run(eager, inputs)
+        assert actual.loss_scale == expected.loss_scale == used
+        assert actual.applied == expected.applied == (k != 3)
+        if actual.applied:
+            assert actual.loss == pytest.approx(expected.loss, rel=2e-3)
+            assert actual.gradient_norm == pytest.approx(expected.gradient_norm, rel=2e-3)
+        assert scale_and_age(steps[0]) == scale_and_age(steps[1])
+    assert scale_and_age(steps[0]) == (128.0, AGES[-1])
+    assert_close(everything(steps[0]), everything(steps[1]), 5e-3)
+
+
+# ---- state
+
+
+def test_the_state_holds_scale_and_age_only_when_there_is_a_scale():
+    plain, scaled = make_step(None), make_step(64.0)
+    for step in (plain, scaled):
+        run(step.construct, make_inputs())
+    state = scaled.state()
+    assert set(state) - set(plain.state()) == {"loss_scale", "loss_scale_age"}
+    assert (state["loss_scale"], state["loss_scale"].dtype) == (64.0, np.float32)
+    assert (state["loss_scale_age"], state["loss_scale_age"].dtype) == (1, np.int32)
+
+
+def test_state_round_trip():
+    first, second = make_step(64.0), make_step(4.0)
+    run(first.construct, make_inputs(spoiled=True))
+    run(first.construct, make_inputs())
+    second.load_state({name: array.copy() for name, array in first.state().items()})
+    assert scale_and_age(second) == (32.0, 1)
+    assert run(second.construct, make_inputs()).loss_scale == 32.0
+    assert scale_and_age(second) == (32.0, 2)
+
+
+# ---- the guard
+
+
+def guarded(is_scaled: bool) -> tuple[Callable[[bool], None], dict[str, float]]:
+    """A guard as a function of whether a step was applied, and what it logs.
+
+    The second of two pictures has a loss that is not finite.
+    """
+    guard, logged = FiniteGuard(is_scaled), {}
+    noise: Any = SimpleNamespace(sigma=np.array([0.5, 2.0]))
+    observed: Any = SimpleNamespace(log=logged.__setitem__)
+
+    def see(applied: bool) -> None:
+        numbers = (1.0, [1.0, np.nan], np.inf, applied, 1e-3, 512.0)
+        outputs = tuple(Tensor(np.array(number)) for number in numbers)
+        guard.on_step_end(observed, StepResult(7, noise, np.ones(2), ["a.png", "b.png"], outputs))
+
+    return see, logged
+
+
+NOT_FINITE = r"^step 7: loss or gradients are not finite \(sigma 0\.5 to 2, pictures b\.png\)"
+
+
+def test_without_a_scale_the_first_skipped_step_ends_the_run():
+    see, logged = guarded(False)
+    see(True)
+    with pytest.raises(HostError, match=NOT_FINITE):
+        see(False)
+    assert logged == {}
+
+
+def test_with_a_scale_the_21st_skipped_step_in_a_row_ends_the_run():
+    see, logged = guarded(True)
+    for _ in range(2):
+        for _ in range(20):
+            see(False)
+            assert logged == {"loss_scale": 512.0, "skipped": True}
+        see(True)
+        assert logged == {"loss_scale": 512.0, "skipped": False}
+    for _ in range(20):
+        see(False)
+    with pytest.raises(HostError, match=NOT_FINITE):
+        see(False)
+
+
+# ---- runs
+
+SAVED, GROWTH = 18, 19
+NETWORK = "model.params.network_config.params"
+SMALLER = [f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.transformer_depth=[1]", "--guidance_scale=1"]
+
+
+def train(folder: Path, *arguments: str) -> tuple[Trainer, list[str]]:
+    """A run of nano.yaml with one level and one transformer; the trainer and what it said."""
+    said: list[str] = []
+    words = ["--config", NANO, "--plugins=none", *SMALLER, f"--save_path={folder}", *arguments]
+    made = Trainer(load(words), say=said.append)
+    made.run()
+    return made, said
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(device: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """20 steps at O0 and at O2, with a checkpoint after 18 and a doubled scale after 19."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = "data.total_step=20", f"--save_ckpt_interval={SAVED}", "--ms_amp_level"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "_GROWTH_INTERVAL", GROWTH)
+        return {level: train(folder / level, *words, level) for level in ("O0", "O2")}
+
+
+def test_losses_at_o2_are_those_of_o0(runs):
+    full, half = (metrics(made.save_path) for made, _ in runs.values())
+    first, second = ([line["loss"] for line in lines] for lines in (full, half))
+    assert len(first) == len(second) == 20
+    np.testing.assert_allclose(second, first, rtol=0.02)
+    assert second[1:] != first[1:]  # float16 did round
+    assert np.mean(second[-5:]) < 0.7 * second[0]
+    assert set(half[0]) - set(full[0]) == {"loss_scale", "skipped"}
+    assert set(full[0]) < set(half[0])
+    assert [line["loss_scale"] for line in half] == [LOSS_SCALE] * 19 + [2 * LOSS_SCALE]
+    assert {line["skipped"] for line in half} == {0.0}
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_the_start_says_the_precision(runs, monkeypatch, level):
+    """And, on Ascend, whether its fused attention takes it."""
+    made, said = runs[level]
+    told = {"O0": "float32", "O2": "float16 but for norms and SiLU, weights in float32"}
+    assert f"precision   {level}, {told[level]}" in said
+    monkeypatch.setattr(report, "on_ascend", lambda: True)
+    lines = report.start_lines(made, OPTIMIZER, None, None)
+    attention = next(line for line in lines if line.startswith("attention"))
+    assert ("needs float16 or bfloat16" in attention) == (level == "O0")
+
+
+@pytest.mark.parametrize(("level", "dtype"), [("O0", ms.float32), ("O2", ms.float16)])
+def test_pictures_are_drawn_in_the_precision_of_the_run(runs, level, dtype):
+    made, _ = runs[level]
+    sampler, _ = restore_sampler(made.save_path / "checkpoints" / "latest")
+    network = sampler._model.network
+    given = Tensor(np.ones((1, network.model_channels), np.float32))
+    assert network.time_embed[0](given).dtype == dtype
+
+
+def test_a_resumed_run_at_o2_is_bit_identical(runs, tmp_path, monkeypatch):
+    """The scale that a run starts with is another when it is resumed, and is not taken."""
+    whole = runs["O2"][0].save_path
+    part = shutil.copytree(whole, tmp_path / "part", symlinks=True)
+    checkpoints = part / "checkpoints"
+    monkeypatch.setattr(step_module, "_GROWTH_INTERVAL", GROWTH)
+    monkeypatch.setattr(trainer, "LOSS_SCALE", 8.0)
+    words = ["data.total_step=20", f"--save_ckpt_interval={SAVED}", f"--resume={checkpoints}/"]
+    resumed, _ = train(tmp_path, *words[:2], f"{words[2]}step_{SAVED:08d}", "--ms_amp_level=O2")
+    assert resumed.save_path == part
+    assert (part / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for name in ("network.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(run / "checkpoints" / "latest" / name) for run in (whole, part))
+        assert_same_bits(one, other)
+    with pytest.raises(ConfigError, match="ms_amp_level is 'O2' there and 'O3' here"):
+        train(tmp_path, *words[:2], f"{words[2]}latest", "--ms_amp_level=O3")
