@@ -19,8 +19,10 @@ from sdxl_host.weights.architecture import (
     SDXL_REFINER,
     Architecture,
     Encoder,
+    completed,
     expected_shapes,
     infer,
+    joint,
     level_depths,
 )
 from sdxl_host.weights.diffusers_configs import diffusers_configs, from_diffusers
@@ -297,6 +299,100 @@ def test_an_embedder_that_is_no_text_encoder_is_refused() -> None:
         infer({f"{CLIP}net.weight": (3, 3)})
 
 
+# ---- stated and told, together -----------------------------------------------------------------
+
+
+def test_stated_parts_are_kept_and_the_others_told(
+    small_shapes: Shapes, two_levels: Architecture
+) -> None:
+    """Heads of the stated parts stay 32 (U-Net) and 16 (encoders) wide, whatever the flag says."""
+    assert two_levels.unet is not None
+    told = infer(small_shapes, head_width=8)
+    assert told.unet is not None
+    assert two_levels.unet["num_head_channels"] != told.unet["num_head_channels"] == 8
+    nothing = Architecture(None, None, ())
+    for stated in (None, nothing):
+        assert completed(stated, small_shapes, 8) == told
+    for part in ("unet", "autoencoder", "encoders"):
+        own = {part: getattr(two_levels, part)}
+        assert completed(replace(nothing, **own), small_shapes, 8) == replace(told, **own)
+    one = replace(nothing, encoders=two_levels.encoders[:1])
+    assert completed(one, small_shapes, 8) == replace(
+        told, encoders=(two_levels.encoders[0], told.encoders[1])
+    )
+
+
+def test_tensors_of_stated_parts_are_not_looked_at(
+    small_shapes: Shapes, two_levels: Architecture
+) -> None:
+    """What is wrong with them is told later, with all the rest."""
+    damaged = dict.fromkeys(small_shapes, (5,))
+    assert completed(two_levels, damaged) == two_levels
+    assert completed(two_levels, {}) == two_levels
+    with pytest.raises(DataError, match=r"^first_stage_model\."):
+        completed(replace(two_levels, autoencoder=None), damaged)
+    rest = starting(small_shapes, BIG_G)
+    assert completed(two_levels, rest) == two_levels
+    one = replace(two_levels, encoders=two_levels.encoders[:1])
+    assert completed(one, rest, 16) == two_levels
+    third = {name.replace(BIG_G, "conditioner.embedders.2."): rest[name] for name in rest}
+    with pytest.raises(DataError, match=r"^conditioner\.embedders\.1: missing, with all"):
+        completed(one, third, 16)
+
+
+NAMES = ("one.safetensors", "folder")
+
+
+def test_parts_of_two_sources_are_put_together(two_levels: Architecture) -> None:
+    nothing = Architecture(None, None, ())
+    unet = replace(nothing, unet=two_levels.unet)
+    others = replace(two_levels, unet=None)
+    text = replace(nothing, encoders=two_levels.encoders[:1])
+    for first, later in ((unet, others), (two_levels, text), (two_levels, two_levels)):
+        assert joint(first, later, NAMES) == joint(later, first, NAMES) == two_levels
+    assert joint(unet, text, NAMES) == replace(unet, encoders=text.encoders)
+
+
+def three_levels(resolutions: list[int], depth: list[int] | int) -> Architecture:
+    unet = {**(SDXL_BASE.unet or {}), "attention_resolutions": resolutions}
+    return replace(SDXL_BASE, unet={**unet, "transformer_depth": depth})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (three_levels([4, 2], [0, 2, 10]), three_levels([4, 2], [1, 2, 10])),
+        (three_levels([4, 2], [1, 2, 10]), three_levels([2, 4], [1, 2, 10])),
+        (three_levels([4, 2, 1], [3, 3, 3]), three_levels([1, 2, 4], 3)),
+        (three_levels([4], [1, 2, 3]), three_levels([4, 2], [0, 0, 3])),
+    ],
+    ids=["unused depth", "order", "one number", "depth of 0"],
+)
+@pytest.mark.usefixtures("device")
+def test_two_descriptions_of_one_model_are_equal(one: Architecture, other: Architecture) -> None:
+    assert one != other
+    assert expected_shapes(replace(one, encoders=())) == expected_shapes(
+        replace(other, encoders=())
+    )
+    assert joint(one, other, NAMES) == other
+    assert joint(other, one, NAMES) == one
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        (three_levels([4, 2], [1, 2, 9]), "unet"),
+        (three_levels([4], [1, 2, 10]), "unet"),
+        (replace(SDXL_BASE, unet={**(SDXL_BASE.unet or {}), "num_head_channels": 32}), "unet"),
+        (replace(SDXL_BASE, autoencoder={**(SDXL_BASE.autoencoder or {}), "x": 1}), "autoencoder"),
+        (replace(SDXL_BASE, encoders=SDXL_BASE.encoders[1:]), "encoders"),
+    ],
+)
+def test_descriptions_of_two_models_are_refused(other: Architecture, part: str) -> None:
+    with pytest.raises(DataError, match=rf"^folder: its {part} differs in size from that of one"):
+        joint(SDXL_BASE, other, NAMES)
+
+
 # ---- from configs ------------------------------------------------------------------------------
 
 # As released with SDXL base 1.0, in the keys that say something of the structure or its size.
@@ -534,9 +630,9 @@ def test_written_configs_are_those_that_diffusers_completes(
     written = diffusers_configs(architecture, "epsilon")
     assert from_diffusers(written) == architecture
     assert ("text_encoder" in written) == ("text_encoder" in configs)
-    for component, completed in configs.items():
+    for component, config in configs.items():
         own = {key: value for key, value in written[component].items() if key[0] != "_"}
-        expected = dict(completed)
+        expected = dict(config)
         expected.pop("addition_embed_type_num_heads", None)  # of another type of embedding
         depth = expected.get("transformer_layers_per_block")
         if isinstance(depth, int):  # one number serves all levels

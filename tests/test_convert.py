@@ -165,6 +165,39 @@ def test_a_list_makes_a_whole(here, small_model, capsys):
         assert np.array_equal(load_file("c.safetensors")[name], array)
 
 
+def test_a_list_is_of_the_objective_of_its_last_u_net(here, small_model, capsys):
+    """A v model over a diffusers folder whose scheduler says epsilon."""
+    unet = {n: a for n, a in small_model.arrays.items() if n.startswith(UNET)}
+    save_file({**unet, "v_pred": np.zeros(0, np.float32)}, "v.safetensors")
+    save_file(unet, "plain.safetensors")
+    converted(capsys, "a.safetensors", "folder", "--head_width", "8")
+    assert "objective   v\n" in converted(capsys, "folder,v.safetensors", "b.safetensors")
+    stored = header(Path("b.safetensors"))
+    assert "v_pred" in stored
+    assert stored["__metadata__"]["sdxl_host.objective"] == "v"
+    assert stored["__metadata__"]["modelspec.prediction_type"] == "v"
+    said = converted(capsys, "folder,v.safetensors,plain.safetensors", "c")
+    assert (
+        "note        plain.safetensors (single file) states no objective; that of v.safetensors "
+        "(single file), v, is taken\n"
+    ) in said
+    scheduler = json.loads(Path("c/scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+def test_a_stated_part_keeps_its_heads(here, small_model, capsys):
+    """The flag is of the parts that state nothing: here the encoders, not the U-Net."""
+    rest = {n: a for n, a in small_model.arrays.items() if not n.startswith(UNET)}
+    save_file(rest, "rest.safetensors")
+    converted(capsys, "a.safetensors", "folder", "--head_width", "8")
+    converted(capsys, "folder/unet,rest.safetensors", "b.safetensors", "--head_width", "16")
+    found = open_weights(Path("b.safetensors")).architecture
+    assert found is not None
+    assert found.unet is not None
+    assert found.unet["num_head_channels"] == 8
+    assert [encoder.heads for encoder in found.encoders] == [1, 2]
+
+
 SIXTEENTH = Architecture(
     # Widths of SDXL over 16, but 32 channels where norms of 32 groups need them.
     unet={
@@ -268,8 +301,9 @@ def test_a_trained_model_without_an_autoencoder_is_refused(here, capsys):
     from sdxl_host.config import load
     from sdxl_host.training.trainer import Trainer
 
-    words = ["--config", str(Path(__file__).parent / "nano.yaml"), "--plugins", "edm,lpw"]
-    trainer = Trainer(load([*words, "--save_path", "runs"]), say=lambda line: None)
+    words = ["--config", str(Path(__file__).parent / "nano.yaml"), "--save_path", "runs"]
+    words += ["--plugins", "edm,lpw", "--edm_sigma_data", "0.7"]
+    trainer = Trainer(load(words), say=lambda line: None)
     trainer.run()
     checkpoint = trainer.save_path / "checkpoints" / "latest"
     source = open_weights(checkpoint)
@@ -281,7 +315,7 @@ def test_a_trained_model_without_an_autoencoder_is_refused(here, capsys):
     assert source.metadata["modelspec.resolution"] == "16x16"
     plugins = json.loads(source.metadata["sdxl_host.plugins"])
     assert [plugin["name"] for plugin in plugins] == ["edm", "lpw"]
-    assert plugins[0]["options"]["sigma_data"] == 0.5
+    assert plugins[0]["options"]["sigma_data"] == 0.7
     prompts = json.loads(source.metadata["sdxl_host.prompts"])
     assert prompts == {"encode_prompt": "lpw", "options": {"lpw": plugins[1]["options"]}}
     flags = ["--allow-unmarked-objective"]
@@ -350,6 +384,38 @@ def test_a_stated_width_of_heads_is_not_overruled(here, capsys):
     converted(capsys, "a.safetensors", "b", "--head_width", "8")
     said = refused(capsys, "b", "c.safetensors", "--head_width", "16")
     assert said.startswith("--head_width 16: b (diffusers folder) says itself how wide its heads")
+    # An autoencoder that is not described has no width of heads that the flag could be of.
+    vae = {n: a for n, a in load_file("a.safetensors").items() if n.startswith("first_stage")}
+    save_file(vae, "vae.safetensors")
+    index = json.loads(Path("b/model_index.json").read_text())
+    Path("b/model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    said = refused(capsys, "b,vae.safetensors", "c.safetensors", "--head_width", "16")
+    assert said.startswith("--head_width 16: b (diffusers folder), vae.safetensors (single file)")
+    converted(capsys, "b,vae.safetensors", "c.safetensors")
+    assert same(Path("a.safetensors"), Path("c.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("b.ckpt", "b.ckpt: .ckpt files are not written; give NAME.safetensors, or a folder's"),
+        ("b.bin", "b.bin: .bin files are not written; give"),
+        ("b.pt", "b.pt: .pt files are not written; give"),
+        ("runs/b.PTH", "runs/b.PTH: .PTH files are not written; give"),
+        ("b.safetensor", "b.safetensor: is not NAME.safetensors, as a single file must be; give"),
+        ("b.SafeTensors", "b.SafeTensors: is not NAME.safetensors"),
+        ("b.saftensors", "b.saftensors: is not NAME.safetensors"),
+        (".safetensors", ".safetensors: is not NAME.safetensors"),
+    ],
+)
+def test_a_file_of_another_kind_does_not_become_a_folder(here, capsys, target, message):
+    assert message in refused(capsys, "a.safetensors", target, "--head_width", "8")
+
+
+@pytest.mark.parametrize("target", ["model-v1.5", "b.safetensors.d", "safetensors"])
+def test_a_folder_may_have_a_dot_in_its_name(here, capsys, target):
+    converted(capsys, "a.safetensors", target, "--head_width", "8")
+    assert (here / target / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from safetensors.numpy import load_file, save_file
 
 import sdxl_host
 from sdxl_host.errors import DataError
-from sdxl_host.weights.architecture import Encoder
+from sdxl_host.weights.architecture import Architecture, Encoder
 from sdxl_host.weights.diffusers_configs import diffusers_configs
 from sdxl_host.weights.diffusers_names import places, split
+from sdxl_host.weights.metadata import NETWORK_KEYS, markers
 from sdxl_host.weights.source import open_all, open_weights
-from sdxl_host.weights.tensors import DTYPES, Tensors
+from sdxl_host.weights.tensors import DTYPES, Source, Tensors
 
 Arrays = dict[str, np.ndarray]
 
@@ -591,6 +592,17 @@ def test_a_tensor_at_fault_is_told_as_the_folder_spells_it(folder, component, na
     assert refused(folder).startswith(f"{folder}: ")
 
 
+def test_a_tensor_spelled_twice_is_named(folder):
+    def change(arrays: Arrays) -> None:
+        name = "final_layer_norm.bias"
+        arrays[name] = arrays[f"text_model.{name}"]
+
+    rewritten(folder / "text_encoder" / "model.safetensors", change)
+    assert re.search(
+        r"no place for: text_encoder/(text_model\.)?final_layer_norm\.bias; get", refused(folder)
+    )
+
+
 def test_every_fault_is_told_at_once(folder):
     rewritten(
         folder / "unet" / "diffusion_pytorch_model.safetensors", lambda a: a.pop("conv_in.bias")
@@ -701,9 +713,13 @@ def test_the_second_text_encoder_alone_is_refused(folder):
     ],
 )
 def test_the_scheduler_states_the_objective(folder, change, metadata):
-    edited(folder / "scheduler" / "scheduler_config.json", lambda c: c.update(change))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    edited(scheduler, lambda c: c.update(change))
     edited(folder / "vae" / "config.json", lambda c: c.update({"scaling_factor": 0.5}))
-    assert open_weights(folder).metadata == {"sdxl_host.scale_factor": "0.5", **metadata}
+    found = dict(open_weights(folder).metadata)
+    if metadata["sdxl_host.objective"] == "edm":
+        assert json.loads(found.pop("sdxl_host.scheduler")) == json.loads(scheduler.read_text())
+    assert found == {"sdxl_host.scale_factor": "0.5", **metadata}
 
 
 def test_an_unknown_prediction_is_refused(folder):
@@ -850,6 +866,131 @@ def test_parts_make_a_whole(folder, small_model, tmp_path):
     save_file(text, tmp_path / "text.safetensors")
     source = open_all([tmp_path / "text.safetensors", folder / "unet", folder / "vae"])
     assert_equal(source, small_model.arrays)
+
+
+def test_a_part_that_one_source_states_stays_stated(folder, small_model, tmp_path):
+    """The U-Net's heads, of a folder that is the U-Net alone, beside a file that states nothing."""
+    rest = {n: a for n, a in small_model.arrays.items() if not n.startswith(UNET)}
+    save_file(rest, tmp_path / "rest.safetensors")
+    unet = Architecture(small_model.architecture.unet, None, ())
+    for order in ((0, 1), (1, 0)):
+        paths = [(folder / "unet", tmp_path / "rest.safetensors")[place] for place in order]
+        assert open_all(paths).architecture == unet
+    whole = open_all([folder / "vae", tmp_path / "rest.safetensors", folder / "text_encoder"])
+    assert whole.architecture == Architecture(
+        None, small_model.architecture.autoencoder, small_model.architecture.encoders[:1]
+    )
+
+
+def test_two_descriptions_of_one_model_agree(folder, small_model, tmp_path):
+    """diffusers writes some depth, often 1, for a level without attention, where there is none."""
+    assert small_model.architecture.unet["transformer_depth"] == [0, 1]
+    said = json.dumps(asdict(small_model.architecture))
+    save_file(small_model.arrays, tmp_path / "a.safetensors", {"sdxl_host.architecture": said})
+    edited(folder / "unet" / "config.json", lambda c: c.update(transformer_layers_per_block=[1, 1]))
+    found = open_all([tmp_path / "a.safetensors", folder]).architecture
+    assert found is not None
+    assert found.unet is not None
+    assert found.unet["transformer_depth"] == [1, 1]
+
+
+EMPTY = np.zeros(0, np.float32)
+
+
+@pytest.fixture
+def of(small_model, tmp_path) -> Callable[..., Path]:
+    """Makes NAME.safetensors of one part, which says `metadata`."""
+
+    def make(name: str, part: str, metadata: Mapping[str, str], *markers: str) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        arrays = {n: a for n, a in small_model.arrays.items() if n.startswith(part)}
+        save_file({**arrays, **dict.fromkeys(markers, EMPTY)}, path, dict(metadata))
+        return path
+
+    return make
+
+
+def objectives(source: Source) -> dict[str, str]:
+    """What a source says of the U-Net."""
+    return {key: value for key, value in source.metadata.items() if key in NETWORK_KEYS}
+
+
+def test_the_last_u_net_says_what_it_predicts(folder, of):
+    """A marked v model over a folder whose scheduler says epsilon, and the other way around."""
+    v = of("v", "", {}, "v_pred", "ztsnr")
+    found = open_all([folder, v])
+    assert objectives(found) == {"v_pred": "true", "ztsnr": "true"}
+    assert markers(found.metadata) == ["v_pred", "ztsnr"]
+    assert not any("states no objective" in note for note in found.notes)
+    found = open_all([v, folder])
+    assert objectives(found) == {"sdxl_host.objective": "eps"}
+    assert markers(found.metadata) == []
+    spec = of("spec", UNET, {"modelspec.prediction_type": "epsilon", "modelspec.title": "Spec"})
+    found = open_all([v, spec])
+    assert objectives(found) == {"modelspec.prediction_type": "epsilon"}
+    assert found.metadata["modelspec.title"] == "Spec"
+
+
+def test_how_a_u_net_was_trained_goes_with_it(of):
+    """Not with what another U-Net was trained for."""
+    edm = {
+        "sdxl_host.objective": "edm",
+        "sdxl_host.plugins": '[{"name": "edm"}]',
+        "sdxl_host.prompts": '{"encode_prompt": "lpw"}',
+        "sdxl_host.scheduler": '{"_class_name": "EDMEulerScheduler"}',
+    }
+    first, eps = of("edm", "", edm), of("eps", UNET, {"sdxl_host.objective": "eps"})
+    assert objectives(open_all([first])) == edm
+    assert objectives(open_all([first, eps])) == {"sdxl_host.objective": "eps"}
+    assert objectives(open_all([eps, first])) == edm
+    # A U-Net that states nothing was trained on with what it was trained with before.
+    assert objectives(open_all([first, of("plain", UNET, {})])) == edm
+
+
+def test_an_objective_is_taken_over_where_none_is_stated(of):
+    v, plain = of("v", "", {}, "v_pred"), of("plain", UNET, {"modelspec.title": "Plain"}, "ztsnr")
+    found = open_all([v, plain])
+    assert objectives(found) == {"v_pred": "true", "ztsnr": "true"}
+    assert found.metadata["modelspec.title"] == "Plain"
+    assert found.notes[-1] == (
+        f"{plain} (single file) states no objective; that of {v} (single file), v, is taken"
+    )
+    assert sum("states no objective" in note for note in found.notes) == 1
+    # Nothing is said where a later one states it, or where none does.
+    for paths in ([v, plain, v], [plain, v], [plain, of("other", UNET, {})], [plain]):
+        assert not any("states no objective" in note for note in open_all(paths).notes)
+
+
+def test_what_has_no_u_net_says_nothing_of_it(of):
+    v = of("v", "", {}, "v_pred")
+    text = of("text", "conditioner.", {"sdxl_host.objective": "eps", "modelspec.title": "Text"})
+    plain = of("plain", UNET, {})
+    found = open_all([v, text])
+    assert objectives(found) == {"v_pred": "true"}
+    assert found.metadata["modelspec.title"] == "Text"
+    assert objectives(open_all([v, text, plain])) == {"v_pred": "true"}
+    assert objectives(open_all([plain, text])) == {}
+    # Unless it is all that is said, before the U-Net: then the user is told.
+    found = open_all([of("clip", "conditioner.", {"sdxl_host.objective": "v"}), plain])
+    assert objectives(found) == {"sdxl_host.objective": "v"}
+    assert "clip.safetensors (single file), v, is taken" in found.notes[-1]
+
+
+def test_the_scale_of_latents_is_the_autoencoder_s(folder, of):
+    edited(folder / "vae" / "config.json", lambda c: c.update(scaling_factor=0.5))
+    scale = "sdxl_host.scale_factor"
+    unet = of("unet", UNET, {scale: "0.13025"})
+    whole = of("whole", "", {scale: "0.25"})
+    plain = of("plain", "first_stage_model.", {})
+    for paths, expected in (
+        ([folder, unet], "0.5"),
+        ([unet, folder], "0.5"),
+        ([folder, whole], "0.25"),
+        ([whole, folder, plain], "0.5"),
+        ([plain, unet], "0.13025"),
+    ):
+        assert open_all(paths).metadata[scale] == expected
+    assert scale not in open_all([plain]).metadata
 
 
 def test_two_sizes_are_refused(folder, small_model, tmp_path):

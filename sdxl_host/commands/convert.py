@@ -5,12 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from sdxl_host.weights.architecture import Architecture
+
 __all__ = ["convert"]
+
+_SINGLE_FILE = ".safetensors"
+_NEVER_WRITTEN = (".ckpt", ".bin", ".pt", ".pth")
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -37,8 +45,26 @@ def convert(arguments: Sequence[str]) -> int:
     if not paths:
         raise ConfigError("SRC: is empty; sdxl-host convert --help tells how to call it")
     target: Path = options.target.expanduser()
+    _check_name(target)
     _run(paths, target, options.dtype, options.head_width, options.allow_unmarked_objective)
     return 0
+
+
+def _check_name(target: Path) -> None:
+    """Raises ConfigError for what is meant as a file of a kind that is not written: it would become
+    a folder of that name. Any other ending may be a part of a folder's name, as in model-v1.5."""
+    _, dot, end = target.name.rpartition(".")
+    ending = dot + end
+    if ending.lower() in _NEVER_WRITTEN:
+        raise ConfigError(
+            f"{target}: {ending} files are not written; give NAME{_SINGLE_FILE}, or a folder's name"
+        )
+    is_near = dot and get_close_matches(ending.lower(), [_SINGLE_FILE], cutoff=0.85)
+    if is_near and target.suffix != _SINGLE_FILE:
+        raise ConfigError(
+            f"{target}: is not NAME{_SINGLE_FILE}, as a single file must be; give that, or a "
+            "folder's name"
+        )
 
 
 def _run(
@@ -47,13 +73,14 @@ def _run(
     from sdxl_host.device import prepare_device
 
     prepare_device("CPU")
-    from sdxl_host.weights.architecture import infer
+    from sdxl_host.weights.architecture import completed
     from sdxl_host.weights.metadata import (
         SDXL_SCALE_FACTOR,
         described,
         markers,
         objective,
         scale_factor,
+        scheduler_config,
     )
     from sdxl_host.weights.source import open_all
     from sdxl_host.weights.writer import write_diffusers, write_single_file
@@ -62,20 +89,23 @@ def _run(
     print(f"source      {source.description}")
     for note in source.notes:
         print(f"note        {note}")
-    if source.architecture is not None and head_width is not None:
+    stated = source.architecture
+    architecture = completed(stated, source.shapes, head_width=head_width or 64)
+    if head_width is not None and stated is not None and _same_heads(stated, architecture):
         raise ConfigError(
             f"--head_width {head_width}: {source.description} says itself how wide its heads are; "
             "leave the flag out"
         )
-    architecture = source.architecture or infer(source.shapes, head_width=head_width or 64)
     predicted = objective(source.metadata)
     numbers = sum(_size(shape) for shape in source.shapes.values())
     stored = ", ".join(sorted(set(source.dtypes.values())))
     print(f"weights     {len(source.shapes):,} tensors, {numbers:,} numbers ({stored})")
     print(f"objective   {predicted}", flush=True)
-    is_single = target.suffix == ".safetensors"
+    is_single = target.suffix == _SINGLE_FILE
     scale = scale_factor(source.metadata)
-    if predicted not in ("eps", "v"):
+    scheduler = scheduler_config(source.metadata)
+    is_marked = predicted in ("eps", "v") or (scheduler is not None and not is_single)
+    if not is_marked:
         _refuse_unmarked(target, f"the objective {predicted}", is_single, unmarked)
     if is_single and scale != SDXL_SCALE_FACTOR:
         _refuse_unmarked(target, f"latents scaled by {scale}", is_single, unmarked)
@@ -94,12 +124,18 @@ def _run(
             dtype,
             prediction_type="v_prediction" if predicted == "v" else "epsilon",
             zero_terminal_snr="ztsnr" in source.metadata,
+            scheduler=scheduler,
             scale_factor=scale,
             metadata=metadata,
             progress=progress,
         )
     size = sum(p.stat().st_size for p in [target, *target.rglob("*")] if p.is_file())
     print(f"written     {target} ({size / 1e9:.2f} GB{f', {dtype}' if dtype else ''})")
+
+
+def _same_heads(one: Architecture, other: Architecture) -> bool:
+    """Of the parts with heads of some width; the autoencoder's attention has one head."""
+    return (one.unet, one.encoders) == (other.unet, other.encoders)
 
 
 def _refuse_unmarked(target: Path, trained_for: str, is_single: bool, allowed: bool) -> None:

@@ -7,6 +7,7 @@ Told from the names and shapes of a single file here, from a diffusers folder's 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -17,15 +18,18 @@ from sdxl_host.errors import DataError
 
 __all__ = [
     "AUTOENCODER_PREFIX",
+    "INITIAL_LOGIT_SCALE",
     "NETWORK_PREFIX",
     "SDXL_BASE",
     "SDXL_REFINER",
     "Architecture",
     "Encoder",
+    "completed",
     "embedder_prefix",
     "encoder_component",
     "expected_shapes",
     "infer",
+    "joint",
     "level_depths",
 ]
 
@@ -36,7 +40,10 @@ NETWORK_PREFIX = "model.diffusion_model."
 AUTOENCODER_PREFIX = "first_stage_model."
 _CONDITIONER = "conditioner.embedders."
 _POSITIONS = "transformer.text_model.embeddings.position_ids"
-_CONTEXT_LENGTH = 77
+
+# What the scale of CLIP's similarities starts from, whose logarithm is trained: a temperature of
+# 0.07 (Radford et al. 2021, section 2.5).
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 # Of a released model's tensors, how many must be there for weights to be taken for it: so a file
 # with some wrong or missing tensors is told which, rather than taken for another model.
@@ -59,11 +66,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a set of SDXL weights is a model of. What the weights lack is None or ().
+    """What a set of SDXL weights is a model of. A part that is not known, or that the weights lack,
+    is None or ().
 
     unet: arguments of `UNetModel`.
     autoencoder: arguments of `AutoencoderKL`, `embed_dim` and `ddconfig`.
-    encoders: in the order of `conditioner.embedders`.
+    encoders: in the order of `conditioner.embedders`, from the first.
     """
 
     unet: dict[str, Any] | None
@@ -149,6 +157,40 @@ def level_depths(unet: Mapping[str, Any]) -> tuple[list[int], int]:
     return [own if 2**level in attended else 0 for level, own in enumerate(depths)], depths[-1]
 
 
+def joint(first: Architecture, later: Architecture, names: tuple[str, str]) -> Architecture:
+    """All parts that either states; of one that both state, the later's description.
+
+    names: of their sources, for the message. Raises DataError where both state a part and it makes
+    other cells.
+    """
+    different = {
+        "unet": first.unet and later.unet and _plain(first.unet) != _plain(later.unet),
+        "autoencoder": first.autoencoder
+        and later.autoencoder
+        and first.autoencoder != later.autoencoder,
+        "encoders": any(
+            one != other for one, other in zip(first.encoders, later.encoders, strict=False)
+        ),
+    }
+    for part, differs in different.items():
+        if differs:
+            raise DataError(
+                f"{names[1]}: its {part} differs in size from that of {names[0]}; give weights of "
+                "one model"
+            )
+    return Architecture(
+        later.unet or first.unet,
+        later.autoencoder or first.autoencoder,
+        max(later.encoders, first.encoders, key=len),
+    )
+
+
+def _plain(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for all descriptions of a U-Net: its depths say where there is attention."""
+    others = {key: value for key, value in unet.items() if key != "attention_resolutions"}
+    return {**others, "transformer_depth": level_depths(unet)}
+
+
 # ---- what our cells are made of -----------------------------------------------------------------
 
 
@@ -181,7 +223,11 @@ def _part_shapes(part: str, settings: str) -> dict[str, Shape]:
     from mindspore.nn.utils import no_init_parameters
 
     from sdxl_host.models.autoencoder import AutoencoderKL
-    from sdxl_host.models.text_encoders import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder2
+    from sdxl_host.models.text_encoders import (
+        CONTEXT_LENGTH,
+        FrozenCLIPEmbedder,
+        FrozenOpenCLIPEmbedder2,
+    )
     from sdxl_host.models.unet import UNetModel
     from sdxl_host.weights.names import single_file_parameters
 
@@ -201,7 +247,7 @@ def _part_shapes(part: str, settings: str) -> dict[str, Shape]:
         raise DataError(f"{error}; use weights of SDXL's structure") from error
     shapes = {name: tuple(each.shape) for name, each in single_file_parameters(cell).items()}
     if part == "clip":
-        shapes[_POSITIONS] = (1, _CONTEXT_LENGTH)
+        shapes[_POSITIONS] = (1, CONTEXT_LENGTH)
     return shapes
 
 
@@ -218,13 +264,24 @@ def infer(shapes: Shapes, head_width: int = 64) -> Architecture:
     Raises DataError, naming the tensor, where the one that a size is read from is missing or has
     another number of axes.
     """
+    return completed(None, shapes, head_width)
+
+
+def completed(stated: Architecture | None, shapes: Shapes, head_width: int = 64) -> Architecture:
+    """A stated architecture with the parts that it leaves out as `infer` tells them.
+
+    The tensors of a stated part are not looked at. Of the encoders those after the stated ones are
+    told. Raises DataError as `infer` does.
+    """
+    stated = stated or Architecture(None, None, ())
     network, first_stage = _Part(shapes, NETWORK_PREFIX), _Part(shapes, AUTOENCODER_PREFIX)
-    unet = autoencoder = None
-    if network.shapes:
+    unet, autoencoder = stated.unet, stated.autoencoder
+    if unet is None and network.shapes:
         unet = _recognised(network, "unet", head_width) or _infer_unet(network, head_width)
-    if first_stage.shapes:
+    if autoencoder is None and first_stage.shapes:
         autoencoder = _recognised(first_stage, "autoencoder") or _infer_autoencoder(first_stage)
-    return Architecture(unet, autoencoder, tuple(_infer_encoders(shapes, head_width)))
+    others = _infer_encoders(shapes, head_width, start=len(stated.encoders))
+    return Architecture(unet, autoencoder, (*stated.encoders, *others))
 
 
 class _Part:
@@ -247,8 +304,8 @@ class _Part:
             raise self.error(name, f"has the shape {shape}, where {axes} axes are expected")
         return shape[axis]
 
-    def below(self, path: str) -> list[set[str]]:
-        """What stands below each number after a path, `[{"0.weight", ...}, ...]`.
+    def below(self, path: str, start: int = 0) -> list[set[str]]:
+        """What stands below each number from `start` after a path, `[{"0.weight", ...}, ...]`.
 
         Raises DataError when a number is left out.
         """
@@ -256,12 +313,13 @@ class _Part:
         for name in self.shapes:
             if name.startswith(path):
                 number, _, rest = name[len(path) :].partition(".")
-                if number.isdecimal():
+                if number.isdecimal() and int(number) >= start:
                     found.setdefault(int(number), set()).add(rest)
-        for number in range(len(found)):
+        numbers = range(start, start + len(found))
+        for number in numbers:
             if number not in found:
                 raise self.error(f"{path}{number}", "missing, with all that stands below it")
-        return [found[number] for number in range(len(found))]
+        return [found[number] for number in numbers]
 
     def ratio(self, name: str, axes: int, unit: int) -> int:
         """The first size of a tensor, as a multiple of `unit`."""
@@ -361,9 +419,10 @@ def _infer_autoencoder(part: _Part) -> dict[str, Any]:
     }
 
 
-def _infer_encoders(shapes: Shapes, head_width: int) -> Iterator[Encoder]:
+def _infer_encoders(shapes: Shapes, head_width: int, start: int) -> Iterator[Encoder]:
+    """The encoders from the one in place `start`."""
     conditioner = _Part(shapes, _CONDITIONER)
-    for index, names in enumerate(conditioner.below("")):
+    for index, names in enumerate(conditioner.below("", start), start):
         part = _Part(shapes, embedder_prefix(index))
         if any(name.startswith("transformer.text_model.") for name in names):
             kind, table = "clip", "transformer.text_model.embeddings.token_embedding.weight"

@@ -18,9 +18,9 @@ from sdxl_host.weights.architecture import (
     level_depths,
 )
 
-__all__ = ["diffusers_configs", "from_diffusers"]
+__all__ = ["DIFFUSERS_VERSION", "diffusers_configs", "from_diffusers"]
 
-_VERSION = "0.42.1"  # of diffusers, whose defaults are meant by keys that are not written
+DIFFUSERS_VERSION = "0.42.1"  # of diffusers, whose defaults are meant by keys that are not written
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SIZE_EMBEDDING = 256  # sinusoids for each number among the sizes
 _END_OF_TEXT = 49407
@@ -353,7 +353,7 @@ def _written_unet(unet: Mapping[str, Any], size_width: int) -> dict[str, Any]:
     depth = unet["transformer_depth"]
     return {
         "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": _VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         **_UNET_FIXED,
         "addition_time_embed_dim": size_width,
         # The number of heads, whatever it is called.
@@ -388,7 +388,7 @@ def _written_autoencoder(autoencoder: Mapping[str, Any], scale_factor: float) ->
             )
     return {
         "_class_name": "AutoencoderKL",
-        "_diffusers_version": _VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         **_VAE_FIXED,
         "block_out_channels": [ddconfig["ch"] * multiple for multiple in ddconfig["ch_mult"]],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -441,7 +441,7 @@ def _written_tokenizer(encoder: Encoder) -> dict[str, Any]:
 def _written_scheduler(prediction_type: str) -> dict[str, Any]:
     return {
         "_class_name": "EulerDiscreteScheduler",
-        "_diffusers_version": _VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -467,7 +467,7 @@ def _written_index(configs: Mapping[str, Any], refiner: bool) -> dict[str, Any]:
     }
     index: dict[str, Any] = {
         "_class_name": f"StableDiffusionXL{'Img2Img' if refiner else ''}Pipeline",
-        "_diffusers_version": _VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         # Zeros are what dropped captions were in training; the released refiner's were not.
         "force_zeros_for_empty_prompt": not refiner,
         **{name: found if name in configs else [None, None] for name, found in classes.items()},

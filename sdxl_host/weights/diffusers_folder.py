@@ -14,7 +14,7 @@ from sdxl_host.weights.architecture import Architecture, expected_shapes
 from sdxl_host.weights.check import compare_shapes
 from sdxl_host.weights.diffusers_configs import from_diffusers
 from sdxl_host.weights.diffusers_names import Place, join, places, sources, split_shapes
-from sdxl_host.weights.metadata import LOGIT_SCALE, OBJECTIVE, SCALE_FACTOR
+from sdxl_host.weights.metadata import LOGIT_SCALE, OBJECTIVE, SCALE_FACTOR, SCHEDULER
 from sdxl_host.weights.tensors import DTYPES, Source, Tensors, open_safetensors
 
 __all__ = ["open_diffusers"]
@@ -222,6 +222,7 @@ def _metadata(
     kind = scheduler.get("prediction_type", "epsilon")
     if str(scheduler.get("_class_name")).startswith("EDM"):
         metadata[OBJECTIVE] = "edm"
+        metadata[SCHEDULER] = json.dumps(scheduler)
     elif kind in _OBJECTIVES:
         metadata[OBJECTIVE] = _OBJECTIVES[kind]
     else:

@@ -28,7 +28,6 @@ __all__ = [
     "Place",
     "Sources",
     "join",
-    "join_shapes",
     "places",
     "sources",
     "split",
@@ -38,7 +37,6 @@ __all__ = [
 Pairs = Iterator[tuple[str, str]]  # (single-file name, diffusers name)
 
 _POSITIONS = "text_model.embeddings.position_ids"
-_CONTEXT_LENGTH = 77
 
 # What a residual block of the U-Net, and of the autoencoder, calls its layers.
 _UNET_BLOCK = {
@@ -104,20 +102,12 @@ class Place:
 class Sources:
     """Where the single-file tensors of an architecture are in a diffusers folder.
 
-    tensors: places in the folder, as it spells them and in the order that `join` takes.
-    made_up: values of those that no diffusers folder holds: the scale of CLIP's similarities,
-        float32, and the positions 0..76, int64 (1, 77). Neither is used by SDXL.
-    missing: places that the folder lacks, as diffusers spells them today.
-    unexpected: places that no tensor of the architecture has.
-    constants: places that hold the positions 0..76, which are made up and not read.
-
-    Each tensor of the architecture is in exactly one of the first three.
+    tensors: places in the folder, as it spells them and in the order that `join` takes, of each
+        tensor that is there whole.
+    constants: places that hold the positions 0..76, which are not read.
     """
 
     tensors: dict[str, tuple[Place, ...]]
-    made_up: dict[str, np.ndarray]
-    missing: dict[str, tuple[Place, ...]]
-    unexpected: tuple[Place, ...]
     constants: tuple[Place, ...]
 
 
@@ -154,34 +144,25 @@ def sources(found: Iterable[Place], architecture: Architecture) -> Sources:
 
     found: every tensor of the folder. Accepted besides today's names: text encoders without
     `text_model.`, as transformers 5 saves them, and the autoencoder's attention as `query`, `key`,
-    `value` and `proj_attn`. Of two spellings of one tensor the second is unexpected.
+    `value` and `proj_attn`. Of two spellings of one tensor the first is taken.
     """
     spelled: dict[Place, Place] = {}
-    unexpected: list[Place] = []
     constants: list[Place] = []
     wanted = places(architecture)
     known = {place for parts in wanted.values() for place in parts}
     present = {place.component for place in known}
     for place in found:
         today = _today(place)
-        if today in known and today not in spelled:
-            spelled[today] = place
+        if today in known:
+            spelled.setdefault(today, place)
         elif today.name == _POSITIONS and today.component in present:
             constants.append(place)
-        else:
-            unexpected.append(place)
-    tensors: dict[str, tuple[Place, ...]] = {}
-    made_up: dict[str, np.ndarray] = {}
-    missing: dict[str, tuple[Place, ...]] = {}
-    for name, parts in wanted.items():
-        absent = tuple(part for part in parts if part not in spelled)
-        if not parts:
-            made_up[name] = _made_up(name)
-        elif absent:
-            missing[name] = absent
-        else:
-            tensors[name] = tuple(spelled[part] for part in parts)
-    return Sources(tensors, made_up, missing, tuple(unexpected), tuple(constants))
+    tensors = {
+        name: tuple(spelled[part] for part in parts)
+        for name, parts in wanted.items()
+        if parts and all(part in spelled for part in parts)
+    }
+    return Sources(tensors, tuple(constants))
 
 
 def split(name: str, array: np.ndarray) -> list[np.ndarray]:
@@ -199,7 +180,7 @@ def split(name: str, array: np.ndarray) -> list[np.ndarray]:
 
 def split_shapes(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes of `split`'s tensors."""
-    if _is_made_up(name):
+    if name.endswith((f".{_POSITIONS}", ".model.logit_scale")):
         return []
     if _FUSED.search(name):
         if not shape or shape[0] % 3:
@@ -219,54 +200,21 @@ def split_shapes(name: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def join(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The single-file tensor that diffusers tensors make: the inverse of `split`.
 
-    Raises DataError, naming the tensor, for shapes that don't make one.
+    arrays: of the shapes that `split_shapes` gives; the autoencoder's attention may be the 1x1
+    kernels that some were saved as before diffusers 0.18.
     """
-    shape = join_shapes(name, [array.shape for array in arrays])
     if _FUSED.search(name):
         return np.concatenate(arrays)
+    (array,) = arrays
     if _TRANSPOSED.search(name):
-        return np.asarray(arrays[0].T, order="C")
-    return arrays[0].reshape(shape)
-
-
-def join_shapes(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of `join`'s tensor."""
-    count = 3 if _FUSED.search(name) else 1
-    if len(shapes) != count:
-        raise ValueError(f"{name}: made of {count} tensors, not {len(shapes)}")
-    first = shapes[0]
-    if count == 3:
-        if not first or any(shape != first for shape in shapes):
-            sizes = ", ".join(str(shape) for shape in shapes)
-            raise DataError(
-                f"{name}: query, key and value have the shapes {sizes} instead of one; get the "
-                "folder again"
-            )
-        return (3 * first[0], *first[1:])
-    if _TRANSPOSED.search(name):
-        if len(first) != 2:
-            raise _misshapen(name, first, "a matrix")
-        return (first[1], first[0])
+        return np.asarray(array.T, order="C")
     if _KERNEL.search(name):
-        # Before version 0.18 some were saved as the kernels that they are in the single file.
-        if len(first) != 2 and not (len(first) == 4 and first[2:] == (1, 1)):
-            raise _misshapen(name, first, "a matrix")
-        return (first[0], first[1], 1, 1)
-    return first
+        return array.reshape(*array.shape[:2], 1, 1)
+    return array
 
 
 def _misshapen(name: str, shape: tuple[int, ...], expected: str) -> DataError:
     return DataError(f"{name}: the shape {shape} is not that of {expected}; get the weights again")
-
-
-def _is_made_up(name: str) -> bool:
-    return name.endswith((".embeddings.position_ids", ".model.logit_scale"))
-
-
-def _made_up(name: str) -> np.ndarray:
-    if name.endswith(".position_ids"):
-        return np.arange(_CONTEXT_LENGTH, dtype=np.int64)[None]
-    return np.array(np.log(1 / 0.07), np.float32)  # the value it starts from in CLIP's training
 
 
 def _today(place: Place) -> Place:

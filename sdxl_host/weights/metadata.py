@@ -19,11 +19,13 @@ __all__ = [
     "ARCHITECTURE",
     "LOGIT_SCALE",
     "MARKERS",
+    "NETWORK_KEYS",
     "OBJECTIVE",
     "PLUGINS",
     "PROMPTS",
     "RESOLUTION",
     "SCALE_FACTOR",
+    "SCHEDULER",
     "SDXL_SCALE_FACTOR",
     "described",
     "markers",
@@ -31,6 +33,7 @@ __all__ = [
     "read_architecture",
     "recorded_objective",
     "scale_factor",
+    "scheduler_config",
 ]
 
 ARCHITECTURE = "sdxl_host.architecture"
@@ -40,12 +43,16 @@ PLUGINS = "sdxl_host.plugins"
 PROMPTS = "sdxl_host.prompts"
 RESOLUTION = "modelspec.resolution"
 SCALE_FACTOR = "sdxl_host.scale_factor"
+SCHEDULER = "sdxl_host.scheduler"
 SDXL_SCALE_FACTOR = 0.13025
 _PREDICTION = "modelspec.prediction_type"
 _VERSION = "sdxl_host.version"
 
 # Empty tensors by which ComfyUI knows a v-prediction model, and one trained to a terminal SNR of 0.
 MARKERS = ("v_pred", "ztsnr")
+
+# What is said of the U-Net and not of the other parts.
+NETWORK_KEYS = (OBJECTIVE, _PREDICTION, *MARKERS, PLUGINS, PROMPTS, SCHEDULER)
 
 _PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 
@@ -72,6 +79,11 @@ def scale_factor(metadata: Mapping[str, str]) -> float:
     return float(metadata.get(SCALE_FACTOR, SDXL_SCALE_FACTOR))
 
 
+def scheduler_config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The diffusers scheduler that samples the network, where its trainer recorded one."""
+    return json.loads(metadata[SCHEDULER]) if SCHEDULER in metadata else None
+
+
 def markers(metadata: Mapping[str, str]) -> list[str]:
     """The markers that a single file of such a model needs."""
     found = ["v_pred"] if objective(metadata) == "v" else []
@@ -83,7 +95,8 @@ def described(
 ) -> dict[str, str]:
     """The header of a file that is made from a source with `metadata`.
 
-    title: used where the source has none. date: ISO 8601. What else the source says is kept.
+    title: used where the source has none. date: ISO 8601. What else the source says is kept, and
+    of the training nothing is made up.
     """
     kind = "base" if len(architecture.encoders) > 1 else "refiner"
     target = objective(metadata)
@@ -91,8 +104,6 @@ def described(
         "modelspec.title": title,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         RESOLUTION: "1024x1024",
-        PLUGINS: "[]",
-        PROMPTS: json.dumps({"encode_prompt": "host", "options": {}}),
     }
     said |= {key: value for key, value in metadata.items() if key not in _OUTDATED}
     said |= {

@@ -11,7 +11,14 @@ from typing import Any
 import yaml
 
 from sdxl_host.weights.architecture import Architecture, Encoder, embedder_prefix, infer
-from sdxl_host.weights.metadata import OBJECTIVE, PLUGINS, PROMPTS, RESOLUTION, SCALE_FACTOR
+from sdxl_host.weights.metadata import (
+    OBJECTIVE,
+    PLUGINS,
+    PROMPTS,
+    RESOLUTION,
+    SCALE_FACTOR,
+    SCHEDULER,
+)
 from sdxl_host.weights.single_file import without_extras
 from sdxl_host.weights.tensors import Source, Tensors, open_safetensors
 
@@ -43,6 +50,7 @@ def open_own_checkpoint(folder: Path) -> Source:
         "options": {name: options[name] for name in chain.split(" -> ") if name in options},
     }
     height, width = checkpoint.record["size"]
+    scheduler = checkpoint.record.get("scheduler")
     return replace(
         found,
         metadata={
@@ -50,6 +58,7 @@ def open_own_checkpoint(folder: Path) -> Source:
             PLUGINS: json.dumps(plugins),
             PROMPTS: json.dumps(prompts),
             RESOLUTION: f"{width}x{height}",
+            **({SCHEDULER: json.dumps(scheduler)} if scheduler else {}),
             SCALE_FACTOR: str(config["model"]["params"].get("scale_factor", 1.0)),
         },
         architecture=_architecture(found.shapes, config["model"]["params"]),

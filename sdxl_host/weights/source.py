@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sdxl_host.errors import DataError
-from sdxl_host.weights.architecture import Architecture
+from sdxl_host.weights.architecture import (
+    AUTOENCODER_PREFIX,
+    INITIAL_LOGIT_SCALE,
+    NETWORK_PREFIX,
+    Architecture,
+    joint,
+)
 from sdxl_host.weights.diffusers_folder import open_diffusers
+from sdxl_host.weights.metadata import NETWORK_KEYS, SCALE_FACTOR, recorded_objective
 from sdxl_host.weights.mindspore_file import open_mindspore
 from sdxl_host.weights.own_checkpoint import open_own_checkpoint
 from sdxl_host.weights.single_file import open_single_file
@@ -41,11 +48,14 @@ def open_weights(path: Path) -> Source:
 
 
 def open_all(paths: Sequence[Path]) -> Source:
-    """Several sources as one; of two of a tensor the later counts. Raises DataError."""
-    merged = _open(paths[0])
-    for path in paths[1:]:
-        merged = _over(merged, _open(path))
-    return _completed(merged)
+    """Several sources as one; of two of a tensor the later counts. Raises DataError.
+
+    What the U-Net predicts, and how it was trained, is said by the last source with a U-Net.
+    """
+    opened = [_open(path) for path in paths]
+    metadata, notes = _joint_metadata(opened)
+    merged = reduce(_over, opened)
+    return _completed(replace(merged, metadata=metadata, notes=(*merged.notes, *notes)))
 
 
 def _open(path: Path) -> Source:
@@ -76,7 +86,7 @@ def _open(path: Path) -> Source:
 
 
 def _over(first: Source, later: Source) -> Source:
-    """Both, the later one's tensors in front."""
+    """Both, the later one's tensors in front; without metadata."""
     notes = [*first.notes, *later.notes]
     replaced = sum(name in first.shapes for name in later.shapes)
     if replaced:
@@ -85,7 +95,6 @@ def _over(first: Source, later: Source) -> Source:
         shapes={**first.shapes, **later.shapes},
         dtypes={**first.dtypes, **later.dtypes},
         read=lambda name: (later if name in later.shapes else first).read(name),
-        metadata={**first.metadata, **later.metadata},
         description=f"{first.description}, {later.description}",
         architecture=_joint(first, later),
         notes=tuple(notes),
@@ -93,23 +102,48 @@ def _over(first: Source, later: Source) -> Source:
 
 
 def _joint(first: Source, later: Source) -> Architecture | None:
-    """The architecture of two sources together, each part as the one that has it states it.
+    """What two sources state together. Raises DataError where both state a part and it differs."""
+    if first.architecture is None or later.architecture is None:
+        return later.architecture or first.architecture
+    names = (first.description, later.description)
+    return joint(first.architecture, later.architecture, names)
 
-    None unless all parts are stated: it is then told from all the shapes. Raises DataError where
-    both state a part and it differs.
+
+def _joint_metadata(sources: Sequence[Source]) -> tuple[dict[str, str], list[str]]:
+    """What all sources say, each of its own tensors, and notes on what is taken over.
+
+    The latents' scale belongs to the autoencoder, and `NETWORK_KEYS` to the U-Net, as a whole: a
+    key that a later U-Net's source leaves out is not filled from an earlier one, unless it states
+    no objective at all. Of the rest the later counts.
     """
-    stated = [each.architecture for each in (first, later) if each.architecture is not None]
-    parts: dict[str, Any] = {"unet": None, "autoencoder": None, "encoders": ()}
-    for architecture in stated:
-        for part, known in parts.items():
-            own = getattr(architecture, part)
-            if known and own and known != own:
-                raise DataError(
-                    f"{later.description}: its {part} differs in size from that of "
-                    f"{first.description}; give weights of one model"
-                )
-            parts[part] = own or known
-    return Architecture(**parts) if all(parts.values()) else None
+    said = {key: value for source in sources for key, value in source.metadata.items()}
+    others = {key: value for key, value in said.items() if key not in NETWORK_KEYS}
+    for source in sources:
+        if SCALE_FACTOR in source.metadata and _holds(source, AUTOENCODER_PREFIX):
+            others[SCALE_FACTOR] = source.metadata[SCALE_FACTOR]
+    network: dict[str, str] = {}
+    stating = holding = None
+    for source in sources:
+        if _holds(source, NETWORK_PREFIX):
+            holding = source
+        elif holding is not None:
+            continue
+        own = {key: value for key, value in source.metadata.items() if key in NETWORK_KEYS}
+        if recorded_objective(own) is None:
+            network |= own
+        else:
+            network, stating = own, source
+    notes = []
+    if holding is not None and stating is not None and holding is not stating:
+        notes.append(
+            f"{holding.description} states no objective; that of {stating.description}, "
+            f"{recorded_objective(network)}, is taken"
+        )
+    return {**others, **network}, notes
+
+
+def _holds(source: Source, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in source.shapes)
 
 
 # ---- what no file needs to hold
@@ -135,7 +169,7 @@ def _completed(source: Source) -> Source:
         if name.endswith(".model.text_projection"):
             scale = name.replace("text_projection", "logit_scale")
             if scale not in source.shapes:
-                made[scale] = np.array(np.log(1 / 0.07), np.float32)
+                made[scale] = np.array(INITIAL_LOGIT_SCALE, np.float32)
                 notes.append(f"{scale} made up: log(1/0.07); it has no effect on pictures")
     dtypes = {name: "int64" if array.ndim else "fp32" for name, array in made.items()}
     return replace(

@@ -60,8 +60,9 @@ class Tensors:
 class Source(Tensors):
     """Weights in some file format, under the names of the original single file.
 
-    description: what it is, for messages. architecture: where the format states one. notes: what
-    was left out, made up or replaced, and why; lines for the user.
+    description: what it is, for messages. architecture: what the format states of it, which may be
+    some parts of those that there are tensors of. notes: what was left out, made up or replaced,
+    and why; lines for the user.
     """
 
     description: str = ""

@@ -27,7 +27,7 @@ from sdxl_host.weights.architecture import (
     expected_shapes,
 )
 from sdxl_host.weights.check import compare
-from sdxl_host.weights.diffusers_configs import diffusers_configs
+from sdxl_host.weights.diffusers_configs import DIFFUSERS_VERSION, diffusers_configs
 from sdxl_host.weights.diffusers_names import places, split, split_shapes
 from sdxl_host.weights.metadata import LOGIT_SCALE, SDXL_SCALE_FACTOR
 from sdxl_host.weights.tensors import DTYPES, SAFETENSORS_NAMES, Source
@@ -111,6 +111,7 @@ def write_diffusers(
     dtype: str | None = None,
     prediction_type: str = "epsilon",
     zero_terminal_snr: bool = False,
+    scheduler: Mapping[str, Any] | None = None,
     scale_factor: float = SDXL_SCALE_FACTOR,
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -118,12 +119,16 @@ def write_diffusers(
 ) -> int:
     """Writes a folder that diffusers' `from_pretrained` takes; returns the bytes of its tensors.
 
-    prediction_type: "epsilon" or "v_prediction". scale_factor: of the latents. metadata: for the
-    header of the U-Net's file. shard_bytes: a part that is larger is cut into files of at most
+    prediction_type: "epsilon" or "v_prediction". scheduler: the config of another one than SDXL's,
+    with its `_class_name`. scale_factor: of the latents. metadata: for the header of the U-Net's
+    file. shard_bytes: a part that is larger is cut into files of at most
     this, with an index. The rest as in `write_single_file`.
     """
     _expected(source, architecture)
     configs = diffusers_configs(architecture, prediction_type, scale_factor)
+    if scheduler is not None:
+        configs["scheduler"] = {"_diffusers_version": DIFFUSERS_VERSION, **scheduler}
+        configs["model_index"]["scheduler"] = ["diffusers", scheduler["_class_name"]]
     if zero_terminal_snr:
         # What such a model needs of a sampler: arXiv 2305.08891, sections 3.1 and 3.3.
         configs["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
