@@ -11,7 +11,7 @@ from mindspore import Parameter, nn
 from mindspore.nn.utils import no_init_parameters
 
 from sdxl_host.config import RunConfig
-from sdxl_host.errors import PluginError
+from sdxl_host.errors import ConfigError, DataError, PluginError
 from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.host import Defaults
 from sdxl_host.model import DiffusionModel
@@ -19,6 +19,7 @@ from sdxl_host.weights import files
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
     NETWORK_PREFIX,
+    Architecture,
     embedder_prefix,
 )
 from sdxl_host.weights.initial import initialize_network, initialize_text_encoder
@@ -30,6 +31,7 @@ __all__ = [
     "FROZEN_FILE",
     "NETWORK_FILE",
     "Parts",
+    "check_fit",
     "make_hooks",
     "make_parts",
     "open_weight",
@@ -83,8 +85,12 @@ def open_weight(weight: str) -> Source | None:
     weight: a path that `open_weights` takes, or several with commas between, of which a later one
     goes before an earlier one.
     """
-    paths = [Path(path).expanduser() for path in weight.split(",") if path.strip()]
-    return open_all(paths) if paths else None
+    if not weight:
+        return None
+    paths = [Path(path.strip()).expanduser() for path in weight.split(",") if path.strip()]
+    if not paths:
+        raise DataError(f"--weight {weight!r}: names no file; give one, or leave it out")
+    return open_all(paths)
 
 
 def weight_lines(source: Source, model: DiffusionModel) -> list[str]:
@@ -103,13 +109,59 @@ def weight_lines(source: Source, model: DiffusionModel) -> list[str]:
     return lines
 
 
+def check_fit(model: DiffusionModel, size: tuple[int, int], where: str) -> None:
+    """Builds the cells, without values, and sees that they fit each other and the pictures.
+
+    size: (height, width) in pixels; where: what the message calls it. Raises ConfigError.
+    """
+    # No parameter is given a value before its own: at full size that would take minutes.
+    with no_init_parameters():
+        network, first_stage, conditioner = model.network, model.first_stage, model.conditioner
+    for key, has, needs, whose in (
+        ("in_channels", network.in_channels, first_stage.channels, "the first stage's latents"),
+        ("context_dim", network.context_dim, conditioner.context_width, "the text encoders"),
+        ("adm_in_channels", network.adm_in_channels, conditioner.vector_width, "the embedders"),
+    ):
+        if has != needs:
+            raise ConfigError(
+                f"model.params.network_config.params.{key}: {has} does not fit {whose}, which "
+                f"give {needs}; set it to {needs}"
+            )
+    step = first_stage.downsampling * network.downsampling
+    if any(length < step or length % step for length in size):
+        height, width = size
+        raise ConfigError(
+            f"{where} {height}x{width}: height and width must be multiples of {step}, by which "
+            "autoencoder and network downsample"
+        )
+
+
+def _check_heads(stated: Architecture, model: DiffusionModel, source: str) -> None:
+    """Raises ConfigError where weights say that their heads are wider or narrower: names and
+    shapes would be the same, and what is computed would not."""
+    pairs = []
+    if stated.unet:
+        pairs.append(
+            (
+                "model.params.network_config.params.num_head_channels",
+                stated.unet["num_head_channels"],
+                model.network.num_head_channels,
+            )
+        )
+    for index, (encoder, own) in enumerate(zip(stated.encoders, model.encoders, strict=False)):
+        where = f"model.params.conditioner_config.params.emb_models[{index}].params.heads"
+        pairs.append((where, encoder.heads, own.cell.heads))
+    for where, theirs, ours in pairs:
+        if theirs != ours:
+            raise ConfigError(f"{where}: {ours} does not fit {source}, which has {theirs}")
+
+
 def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -> Parts:
     """Builds the networks; weights are initial ones, or come from `source`.
 
     Network changes of plugins are made after the weights are loaded.
     """
-    # No parameter is given a value before its own: at full size that would take minutes.
-    with no_init_parameters():
+    with no_init_parameters():  # as in `check_fit`
         cell = model.network
         encoders = {embedder_prefix(i): encoder.cell for i, encoder in enumerate(model.encoders)}
         first_stage = model.first_stage.cell
@@ -122,6 +174,8 @@ def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -
     if source is None:
         _initialize(cell, network, encoders, first_stage, seed)
     else:
+        if source.architecture is not None:
+            _check_heads(source.architecture, model, source.description)
         files.load({**network, **frozen}, source)
     for change in model.changes:
         change.change(cell)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.flags import SECTIONS, Arguments, apply_flag, read_value, set_key
 from sdxl_host.options import build_options, first_line, union_members
+from sdxl_host.plugin_targets import adopt
 from sdxl_host.plugins import Installed, normalize
 from sdxl_host.selection import Selection
 from sdxl_host.settings import SCHEMAS, DataSettings, OptimSettings, TrainSettings
@@ -110,6 +111,7 @@ def _assemble(tree: DictConfig, lines: Arguments, path: str) -> RunConfig:
     _check_sections(tree, where)
     _complete(tree, where)
     selection = Selection([str(name) for name in tree.plugins], lines.plugins)
+    adopt(tree, selection, {key for key, _ in lines.overrides})
     for flag in lines.flags():
         apply_flag(tree, flag, selection, lines)
     chosen, plugin_notices = selection.finish(tree)
@@ -120,7 +122,7 @@ def _assemble(tree: DictConfig, lines: Arguments, path: str) -> RunConfig:
         tree[name] = asdict(settings[name])
     selected = [_configured(installed, cls, tree, lines) for installed, cls in chosen]
     tree.plugins = {p.installed.name: asdict(p.options) if p.options else {} for p in selected}
-    _check_parts(settings["data"], settings["optim"])
+    _check_parts(settings["train"], settings["data"], settings["optim"])
     plain = _plain(tree)
     notices += idle_params(plain["model"], "model") + idle_params(plain["data"], "data")
     OmegaConf.set_readonly(tree, True)
@@ -163,12 +165,17 @@ def _build(schema: type, section: DictConfig, where: str, lines: Arguments) -> A
     return build_options(schema, values, where)
 
 
-def _check_parts(data: DataSettings, optim: OptimSettings) -> None:
+def _check_parts(train: TrainSettings, data: DataSettings, optim: OptimSettings) -> None:
     """Refuses what the sections' types allow and no run can have."""
     if data.python_multiprocessing:
         raise ConfigError(
             "data.python_multiprocessing: True is not supported; pictures are loaded by "
             "data.num_parallel_workers threads, set it to False"
+        )
+    if train.negative_prompt and train.guidance_scale == 1.0:
+        raise ConfigError(
+            "train.negative_prompt: has no effect at guidance_scale 1; raise it, or leave the "
+            "prompt out"
         )
     for key, node in (
         ("data.dataset_config", data.dataset_config),

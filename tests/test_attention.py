@@ -333,14 +333,21 @@ def test_self_attention_takes_the_operator_where_it_may(monkeypatch, flash, dtyp
 
 
 @pytest.mark.parametrize(
-    ("configured", "device_name", "half", "begins"),
+    ("configured", "device_name", "half", "width", "begins"),
     [
-        ("flash-attention", "Ascend", True, "flash-attention"),
-        ("flash-attention", "Ascend", False, "plain, .* needs float16 or bfloat16"),
-        ("flash-attention", "CPU", False, "plain, .* needs an Ascend device"),
-        ("vanilla", "Ascend", True, "plain, in blocks where sequences are long$"),
+        ("flash-attention", "Ascend", True, 64, "flash-attention$"),
+        ("flash-attention", "Ascend", False, 64, "plain, .* needs float16 or bfloat16"),
+        (
+            "flash-attention",
+            "Ascend",
+            True,
+            24,
+            "plain, .* needs heads of a multiple of 16 channels",
+        ),
+        ("flash-attention", "CPU", False, 24, "plain, .* needs an Ascend device"),
+        ("vanilla", "Ascend", True, 64, "plain, in blocks where sequences are long$"),
     ],
 )
-def test_what_is_used_is_said(configured, device_name, half, begins):
-    said = attention_in_use(configured, device_name, half)
+def test_what_is_used_is_said(configured, device_name, half, width, begins):
+    said = attention_in_use(configured, device_name, half, width)
     assert re.match(begins, said)

@@ -352,15 +352,16 @@ def test_without_a_scale_the_first_skipped_step_ends_the_run():
     assert logged == {}
 
 
-def test_with_a_scale_the_21st_skipped_step_in_a_row_ends_the_run():
+def test_with_a_scale_the_25th_skipped_step_in_a_row_ends_the_run():
+    """The largest scale, 2^24, is 1 after 24."""
     see, logged = guarded(True)
     for _ in range(2):
-        for _ in range(20):
+        for _ in range(24):
             see(False)
             assert logged == {"loss_scale": 512.0, "skipped": True}
         see(True)
         assert logged == {"loss_scale": 512.0, "skipped": False}
-    for _ in range(20):
+    for _ in range(24):
         see(False)
     with pytest.raises(HostError, match=NOT_FINITE):
         see(False)
@@ -425,7 +426,7 @@ def test_the_start_says_the_precision(runs, monkeypatch, level):
 def test_pictures_are_drawn_in_the_precision_of_the_run(runs, level, dtype):
     made, _ = runs[level]
     sampler, _ = restore_sampler(made.save_path / "checkpoints" / "latest")
-    network = sampler._model.network
+    network = sampler.model.network
     given = Tensor(np.ones((1, network.model_channels), np.float32))
     assert network.time_embed[0](given).dtype == dtype
 

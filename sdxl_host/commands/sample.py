@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
+# Settings of training that say how the network runs, so drawing heeds them too.
+_SHARED = ("ms_mode", "ms_amp_level", "device_target")
 _CONFIG = "configs/inference/sd_xl_base.yaml"
 _EPILOG = """\
 With --checkpoint the model and its plugins are those it was trained with. With --weight the model
@@ -96,6 +98,8 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from sdxl_host.errors import did_you_mean
     from sdxl_host.sampling.samplers import AUTO, SAMPLERS, SPACINGS
 
+    if options.weight == "":
+        raise ConfigError("--weight: is empty; give a file or folder of weights")
     if (options.checkpoint is None) == (options.weight is None):
         raise ConfigError("sample: give either --checkpoint DIR or --weight PATH")
     if options.checkpoint is not None:
@@ -120,12 +124,34 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
             raise ConfigError(
                 f"--{flag} {value}: must be one of {', '.join(known)}{did_you_mean(value, known)}"
             )
-    if options.negative_prompt is not None and options.guidance_scale == 1.0:
-        raise ConfigError(
-            "--negative_prompt: has no effect at --guidance_scale 1; raise the scale or leave it "
-            "out"
-        )
+    for flag in ("negative_prompt", "negative_aesthetic_score"):
+        if getattr(options, flag) is not None and options.guidance_scale == 1.0:
+            raise ConfigError(
+                f"--{flag}: has no effect at --guidance_scale 1; raise the scale or leave it out"
+            )
+    for word in rest:
+        _check_for_training(word)
     _check_out(options.out)
+
+
+def _check_for_training(word: str) -> None:
+    """Raises ConfigError for a setting of training that drawing has no use for."""
+    from dataclasses import fields
+
+    from sdxl_host.settings import FLAG_HOMES, NOT_YET, TrainSettings
+
+    name = word.partition("=")[0]
+    if name.startswith("--"):
+        name = name[2:].replace("-", "_")
+        is_idle = name in {f.name for f in fields(TrainSettings)} | {*FLAG_HOMES, *NOT_YET}
+    else:
+        section, _, name = name.partition(".")
+        is_idle = section in ("train", "data", "optim")
+    if is_idle and name not in _SHARED:
+        raise ConfigError(
+            f"{word}: is a setting of training and has no effect here; sdxl-host sample --help "
+            "lists what may be given"
+        )
 
 
 def _check_out(out: Path) -> None:
@@ -168,6 +194,8 @@ def _sampler(
     config = load_model(["--config", options.config or _CONFIG, *rest, "--weight", options.weight])
     prepare_device(config.train.device_target)
     from sdxl_host.sampling.restore import weight_sampler
+    from sdxl_host.sampling.sampler import Conditions
 
-    sampler, lines = weight_sampler(config, picture_size(config), **told)
+    size = picture_size(config)
+    sampler, lines = weight_sampler(config, Conditions(size, size), **told)
     return sampler, [*lines, *(f"note        {notice}" for notice in config.notices)]

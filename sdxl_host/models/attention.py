@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 
 __all__ = [
     "ATTENTION_TYPES",
+    "FLASH_WIDTH",
     "BlockwiseAttention",
     "CrossAttention",
     "SelfAttention",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 ATTENTION_TYPES = ("flash-attention", "vanilla")
+FLASH_WIDTH = 16  # that a head's channels must be a multiple of, for Ascend's operator
 
 # Added to the scores of masked keys. Finite, so float16 holds it and a softmax over it is
 # defined; its exponential underflows to exactly 0 beside any attended score.
@@ -62,7 +64,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tenso
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """The same without a bias by Ascend's fused operator, in float16 or bfloat16.
 
-    The head's width C / heads must be a multiple of 16. Only Ascend has the operator.
+    The head's width C / heads must be a multiple of FLASH_WIDTH. Only Ascend has the operator.
     """
     width = query.shape[-1] // heads
     return ops.flash_attention_score(
@@ -70,15 +72,20 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
     )
 
 
-def attention_in_use(configured: str, device: str, half: bool) -> str:
+def attention_in_use(configured: str, device: str, half: bool, width: int) -> str:
     """What self-attention runs as, and why where it is not what the config names.
 
-    device: "Ascend" or "CPU". half: whether the network computes in float16 or bfloat16.
+    device: "Ascend" or "CPU". half: whether the network computes in float16 or bfloat16. width: of
+    a head, in channels.
     """
     if configured == "flash-attention":
-        if device == "Ascend" and half:
+        if device == "Ascend" and half and width % FLASH_WIDTH == 0:
             return "flash-attention"
-        lacking = "an Ascend device" if device != "Ascend" else "float16 or bfloat16"
+        lacking = f"heads of a multiple of {FLASH_WIDTH} channels"
+        if not half:
+            lacking = "float16 or bfloat16"
+        if device != "Ascend":
+            lacking = "an Ascend device"
         return f"plain, in blocks where sequences are long (flash-attention needs {lacking})"
     return "plain, in blocks where sequences are long"
 

@@ -174,7 +174,7 @@ class FrozenCLIPEmbedder(nn.Cell):
             raise ValueError(
                 f"FrozenCLIPEmbedder: layer_idx must lie in 0..{size[1]}, not {layer_idx}"
             )
-        self.width = size[0]
+        self.width, self.heads = size[0], size[2]
         self.pooled_width = 0
         self.layer_idx = layer_idx
         self.transformer = _ClipTransformer(*size)
@@ -287,7 +287,7 @@ class FrozenOpenCLIPEmbedder2(nn.Cell):
                     f"FrozenOpenCLIPEmbedder2: {key} must be {expected!r}, as in SDXL, "
                     f"not {value!r}"
                 )
-        self.width = size[0]
+        self.width, self.heads = size[0], size[2]
         self.pooled_width = size[0]
         self.model = _OpenClipText(*size)
         self.bias = _causal_bias(CONTEXT_LENGTH)

@@ -11,7 +11,12 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from sdxl_host.device import on_ascend
-from sdxl_host.models.attention import ATTENTION_TYPES, SpatialTransformer, mask_bias
+from sdxl_host.models.attention import (
+    ATTENTION_TYPES,
+    FLASH_WIDTH,
+    SpatialTransformer,
+    mask_bias,
+)
 from sdxl_host.models.embedding import sinusoidal_embedding
 
 __all__ = ["UNetModel"]
@@ -166,7 +171,12 @@ class UNetModel(nn.Cell):
         self.context_dim = context_dim
         self.downsampling = 2 ** (levels - 1)
         self.attention_type = spatial_transformer_attn_type
-        flash = self.attention_type == "flash-attention" and on_ascend()
+        self.num_head_channels = num_head_channels
+        flash = (
+            self.attention_type == "flash-attention"
+            and on_ascend()
+            and num_head_channels % FLASH_WIDTH == 0
+        )
         emb_dim = model_channels * 4
         self.time_embed = nn.SequentialCell(
             nn.Dense(model_channels, emb_dim), nn.SiLU(), nn.Dense(emb_dim, emb_dim)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_host.assembly import make_hooks, make_parts, open_weight, weight_lines
+from sdxl_host.assembly import check_fit, make_hooks, make_parts, open_weight, weight_lines
 from sdxl_host.config import RunConfig, restore
+from sdxl_host.errors import ConfigError
 from sdxl_host.model import DiffusionModel
-from sdxl_host.sampling.sampler import Conditions, PictureSampler
+from sdxl_host.sampling.sampler import KEYS, Conditions, PictureSampler
 from sdxl_host.training.checkpoint import open_checkpoint
 from sdxl_host.training.precision import apply_precision
 
@@ -26,6 +28,13 @@ def restore_sampler(folder: Path, **told: Any) -> tuple[PictureSampler, list[str
     config = restore(checkpoint.config_file)
     hooks = make_hooks(config)
     model = hooks.build_model(config.tree)
+    record = checkpoint.record
+    trained = Conditions(
+        tuple(record["size"]),
+        tuple(record["original_size"]),
+        aesthetic_score=record.get("aesthetic_score", Conditions.aesthetic_score),
+    )
+    conditions = _conditions(model, trained, told)
     make_parts(model, config.train.seed).load(checkpoint.folder)
     apply_precision(model.network, config.train.ms_amp_level)
     hooks.load_state_dict(checkpoint.plugin_states())
@@ -40,23 +49,24 @@ def restore_sampler(folder: Path, **told: Any) -> tuple[PictureSampler, list[str
         for now, then in zip(config.plugins, checkpoint.plugins, strict=True)
         if now.installed.version != then["version"]
     ]
-    record = checkpoint.record
-    trained = Conditions(tuple(record["size"]), tuple(record["original_size"]))
-    eager = config.train.ms_mode == 1
-    return PictureSampler(hooks, model, replace(trained, **told), eager), lines + changed
+    return PictureSampler(hooks, model, conditions, config.train.ms_mode == 1), lines + changed
 
 
 def weight_sampler(
-    config: RunConfig, size: tuple[int, int], **told: Any
+    config: RunConfig, usual: Conditions, **told: Any
 ) -> tuple[PictureSampler, list[str]]:
     """A sampler of the model that `config` describes with the weights `train.weight` names.
 
-    size: (height, width) of a picture where `told` has none, told to the network as the original
-    size too. Raises HostError where the weights do not fit the model.
+    usual: the conditions the model is trained on; told: fields of them that differ. A size that is
+    told is the original size too, unless that is told as well. Raises HostError where the weights
+    do not fit the model.
     """
     source = open_weight(config.train.weight)
     hooks = make_hooks(config)
     model = hooks.build_model(config.tree)
+    if "size" in told:
+        usual = replace(usual, original_size=told["size"])
+    conditions = _conditions(model, usual, told)
     make_parts(model, config.train.seed, source)
     apply_precision(model.network, config.train.ms_amp_level)
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
@@ -65,9 +75,23 @@ def weight_sampler(
         f"plugins     {names}",
         _objective(model),
     ]
-    size = told.get("size", size)
-    conditions = replace(Conditions(size, size), **told)
     return PictureSampler(hooks, model, conditions, config.train.ms_mode == 1), lines
+
+
+def _conditions(model: DiffusionModel, usual: Conditions, told: Mapping[str, Any]) -> Conditions:
+    """`usual` with what is told. Raises ConfigError for a size that the networks can't take, and
+    for what the network is not told at all."""
+    conditions = replace(usual, **told)
+    check_fit(model, conditions.size, "--size")
+    heard = model.conditioner.size_keys
+    for name in told:
+        key = KEYS.get(name)
+        if key is not None and key not in heard:
+            raise ConfigError(
+                f"--{name}: has no effect, this model has no {key} among its embedders; leave it "
+                "out"
+            )
+    return conditions
 
 
 def _objective(model: DiffusionModel) -> str:

@@ -10,19 +10,28 @@ import numpy as np
 from mindspore import Tensor
 
 from sdxl_host.diffusion.objective import denoise
-from sdxl_host.errors import ConfigError
 from sdxl_host.hooks import Hooks
 from sdxl_host.model import DiffusionModel
 from sdxl_host.prompts import PromptEmbedding, unconditional
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.samplers import noise_levels, sample
 
-__all__ = ["Conditions", "PictureSampler"]
+__all__ = ["KEYS", "Conditions", "PictureSampler"]
 
-# Pictures drawn at a time, and their latents' pixels together: one shape, so the network is
-# compiled once.
+# Pictures drawn at a time, and their latents' pixels together. All batches of a call have one
+# shape, so the network is compiled once.
 _BATCH = 8
 _BATCH_PIXELS = 8 * 64 * 64
+
+
+# The conditioner's input for each condition that a model may lack.
+KEYS = {
+    "original_size": "original_size_as_tuple",
+    "crop_top_left": "crop_coords_top_left",
+    "target_size": "target_size_as_tuple",
+    "aesthetic_score": "aesthetic_score",
+    "negative_aesthetic_score": "aesthetic_score",
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,7 @@ class Conditions:
 
 
 class PictureSampler:
-    """Draws pictures; the network is compiled when first used and sees later updates of it.
-
-    Raises ConfigError for a size that the networks can't halve as often as they must.
-    """
+    """Draws pictures; the network is compiled when first used and sees later updates of it."""
 
     def __init__(
         self,
@@ -57,17 +63,10 @@ class PictureSampler:
         eager: bool = False,
     ) -> None:
         self._hooks = hooks
-        self._model = model
+        self.model = model
         self._conditions = conditions
-        step = model.first_stage.downsampling * model.network.downsampling
-        if any(length < step or length % step for length in conditions.size):
-            height, width = conditions.size
-            raise ConfigError(
-                f"size {height}x{width}: height and width must be multiples of {step}, by which "
-                "autoencoder and network downsample"
-            )
         self._latent = [length // model.first_stage.downsampling for length in conditions.size]
-        self._batch_size = min(_BATCH, max(1, _BATCH_PIXELS // (self._latent[0] * self._latent[1])))
+        self._most = min(_BATCH, max(1, _BATCH_PIXELS // (self._latent[0] * self._latent[1])))
         self._network = model.network if eager else ms.jit(model.network.construct)
 
     def draw(
@@ -83,42 +82,45 @@ class PictureSampler:
     ) -> np.ndarray:
         """(len(prompts), 3, H, W) float32 pixels, about in [-1, 1].
 
-        Picture i is a function of prompt i, `seed` and i. The noise is of streams that training
+        Picture i is a function of prompt i, `seed` and i, but for float32 rounding, which may
+        depend on how many are drawn together. The noise is of streams that training
         never draws from. negative_prompt: what guidance leads away from; None for the zero
         embedding. sampler, spacing: names in `samplers`; None for the model's own.
         """
-        sampler = sampler or self._model.sampling.sampler
-        sigmas = noise_levels(self._model.sampling, self._model.schedule, steps, spacing)
+        sampler = sampler or self.model.sampling.sampler
+        sigmas = noise_levels(self.model.sampling, self.model.schedule, steps, spacing)
+        size = min(self._most, len(prompts))
         pictures = []
-        for start in range(0, len(prompts), self._batch_size):
-            chunk = list(prompts[start : start + self._batch_size])
-            places = range(start, start + self._batch_size)
-            inputs = self._inputs(chunk, guidance_scale, negative_prompt)
+        for start in range(0, len(prompts), size):
+            chunk = list(prompts[start : start + size])
+            places = range(start, start + size)
+            filled = chunk + [""] * (size - len(chunk))
+            inputs = self._inputs(filled, guidance_scale, negative_prompt)
 
             def noise(index: int, places: Sequence[int] = places) -> np.ndarray:
-                shape = (self._model.first_stage.channels, *self._latent)
+                shape = (self.model.first_stage.channels, *self._latent)
                 return normals(seed, Stream.SAMPLING, index, places, shape)
 
             x = noise(0) * np.float32(sigmas[0])
             denoiser = self._guided(inputs, guidance_scale)
             # Step i of an ancestral sampler draws the numbers after those of its start.
             x = sample(sampler, denoiser, x, sigmas, lambda index, noise=noise: noise(index + 1))
-            pictures.append(self._model.first_stage.decode(x[: len(chunk)]))
+            pictures.append(self.model.first_stage.decode(x[: len(chunk)]))
         return np.concatenate(pictures)
 
     def _inputs(
         self, prompts: list[str], scale: float, negative_prompt: str | None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The network's inputs for the prompts, filled up to a batch, and for the unconditional
-        answer where guidance needs it."""
-        size, score = self._batch_size, self._conditions.aesthetic_score
-        filled = prompts + [""] * (size - len(prompts))
-        conditional = self._hooks.encode_prompt(filled, self._model.encoders)
-        inputs = [self._condition(conditional, score)]
+        """The network's inputs for the prompts, and for the unconditional answer where guidance
+        needs it."""
+        conditional = self._hooks.encode_prompt(prompts, self.model.encoders)
+        inputs = [self._condition(conditional, self._conditions.aesthetic_score)]
         if scale != 1.0:
             negative = unconditional(conditional)
             if negative_prompt is not None:
-                negative = self._hooks.encode_prompt([negative_prompt] * size, self._model.encoders)
+                negative = self._hooks.encode_prompt(
+                    [negative_prompt] * len(prompts), self.model.encoders
+                )
             inputs.append(self._condition(negative, self._conditions.negative_aesthetic_score))
         return inputs
 
@@ -132,7 +134,7 @@ class PictureSampler:
             "aesthetic_score": (score,),
         }
         sizes = {key: np.tile(values, (len(embedding.context), 1)) for key, values in one.items()}
-        vector = self._model.conditioner.vector(embedding, sizes)
+        vector = self.model.conditioner.vector(embedding, sizes)
         mask = embedding.attended().astype(np.float32)
         return Tensor(embedding.context), Tensor(vector), Tensor(mask)
 
@@ -145,7 +147,7 @@ class PictureSampler:
     ) -> Callable[[np.ndarray, float], np.ndarray]:
         """D with classifier-free guidance (Ho and Salimans 2022): the unconditional answer plus
         `scale` times the way from it to the conditional one."""
-        preconditioning = self._model.preconditioning
+        preconditioning = self.model.preconditioning
 
         def denoiser(x: np.ndarray, sigma: float) -> np.ndarray:
             s = np.float64(sigma)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
 
 
-# Skipped steps in a row that halving the loss scale may take; 2^16 is down to 1 after 16.
-_OVERFLOWS = 20
+# Skipped steps in a row that end a run: as many halvings take the largest loss scale, 2^24, to 1.
+_OVERFLOWS = 24
 
 
 class FiniteGuard:

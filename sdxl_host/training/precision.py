@@ -9,7 +9,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import nn
 
-__all__ = ["LOSS_SCALE", "PRECISIONS", "apply_precision", "is_half"]
+__all__ = ["LARGEST_LOSS_SCALE", "LOSS_SCALE", "PRECISIONS", "apply_precision", "is_half"]
 
 PRECISIONS = {
     "O0": "float32",
@@ -19,6 +19,7 @@ PRECISIONS = {
 
 # Of the first step. Too high a one costs a few skipped steps until it has been halved enough.
 LOSS_SCALE = 65536.0
+LARGEST_LOSS_SCALE = 2.0**24
 
 
 def is_half(level: str) -> bool:

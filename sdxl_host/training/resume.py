@@ -29,6 +29,9 @@ _MAY_DIFFER = (
     "train.sample_count",
     "train.sample_steps",
     "train.guidance_scale",
+    "train.negative_prompt",
+    "train.sampler",
+    "train.spacing",
 )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from sdxl_host.training.optimizer import Optimizer
+from sdxl_host.training.precision import LARGEST_LOSS_SCALE
 
 __all__ = ["TrainStep", "decayed"]
 
@@ -27,7 +28,6 @@ def _square_sum_of(gradient):
 
 # Updates without an overflow after which the loss scale is doubled.
 _GROWTH_INTERVAL = 2000
-_LARGEST_SCALE = 2.0**24
 
 _update = ops.MultitypeFuncGraph("update")
 
@@ -174,7 +174,7 @@ class TrainStep(nn.Cell):
     def rescale(self, finite, used):
         """Moves the loss scale after an update that was applied or not."""
         age = ops.select(finite, self.unchanged + 1, ops.zeros_like(self.unchanged))
-        doubled = ops.minimum(used * 2.0, _LARGEST_SCALE)
+        doubled = ops.minimum(used * 2.0, LARGEST_LOSS_SCALE)
         grown = ops.select(age >= _GROWTH_INTERVAL, doubled, used)
         shrunk = ops.maximum(used * 0.5, self.one)
         age = ops.select(age >= _GROWTH_INTERVAL, ops.zeros_like(age), age)
