@@ -15,25 +15,30 @@ import pytest
 from scipy import stats
 from sdxl_host import DiffusionModel, DiscreteDistribution, Sampling, Schedule, hookimpl
 from sdxl_host.diffusion.objective import coefficients
-from sdxl_host.diffusion.preconditioning import EpsPreconditioning
-from sdxl_host.errors import ConfigError
+from sdxl_host.diffusion.preconditioning import (
+    EpsPreconditioning,
+    Preconditioning,
+    VPreconditioning,
+)
+from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.model import Lazy
 from sdxl_host.options import build_options
 from sdxl_host.plugins import Installed
 
 from sdxl_edm import EDM, EDMPreconditioning, LogNormal, Options
+from sdxl_edm.targets import options as options_of
 
 SCHEDULE = Schedule.scaled_linear()
 SIGMA = np.logspace(-4, 4, 161)  # SNR from 1e8 to 1e-8
 
 
-def plain_model() -> DiffusionModel:
+def plain_model(preconditioning: Preconditioning | None = None) -> DiffusionModel:
     def never() -> Any:
         raise AssertionError("no network is needed here")
 
     return DiffusionModel(
-        preconditioning=EpsPreconditioning(SCHEDULE),
+        preconditioning=preconditioning or EpsPreconditioning(SCHEDULE),
         schedule=SCHEDULE,
         sampling=Sampling("trailing", SCHEDULE.sigmas[0], SCHEDULE.sigmas[-1]),
         distribution=DiscreteDistribution(SCHEDULE),
@@ -45,9 +50,12 @@ def plain_model() -> DiffusionModel:
 class Defaults:
     """Stands in for the host's own answers."""
 
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+
     @hookimpl
     def build_model(self) -> DiffusionModel:
-        return plain_model()
+        return self.model
 
     @hookimpl
     def sample_timesteps(self, model: DiffusionModel) -> Any:
@@ -58,10 +66,18 @@ class Defaults:
         return model.preconditioning.loss_weight(noise.sigma)
 
 
-def run(options: Options | None = None) -> Hooks:
+def run(options: Options | None = None, model: DiffusionModel | None = None) -> Hooks:
     options = options or Options()
     installed = Installed("edm", "sdxl-edm", "0.1.0", None, "sdxl_edm", "EDM")
-    return Hooks(Defaults(), [Plugin(installed, options, EDM(options))])
+    return Hooks(Defaults(model or plain_model()), [Plugin(installed, options, EDM(options))])
+
+
+def own_weights(hooks: Hooks, sigma: np.ndarray) -> np.ndarray:
+    """The factor on the network's own squared error, which the hooks come to."""
+    model = hooks.build_model(config=None)
+    noise: Any = SimpleNamespace(sigma=sigma)
+    weights = hooks.weight_loss(model=model, noise=noise, step=1)
+    return coefficients(model.preconditioning, sigma, weights).w
 
 
 # ---- preconditioning
@@ -76,6 +92,40 @@ def test_the_coefficients_are_those_of_table_1(sd: float) -> None:
     np.testing.assert_allclose(edm.c_noise(s), np.log(s) / 4, rtol=1e-14)
     np.testing.assert_allclose(edm.loss_weight(s), (s**2 + sd**2) / (s * sd) ** 2, rtol=1e-14)
     assert all(np.isfinite(f(s)).all() for f in (edm.c_skip, edm.c_out, edm.c_in, edm.loss_weight))
+
+
+def nvlabs_loss(
+    network: Any, y: np.ndarray, n: np.ndarray, sigma: np.ndarray, sigma_data: float
+) -> np.ndarray:
+    """EDMLoss over EDMPrecond of NVlabs' edm, a loss a sample, with their noise n * sigma given."""
+    noisy = y + n * sigma
+    skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    out = sigma * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+    scale_in = 1 / (sigma_data**2 + sigma**2) ** 0.5
+    denoised = skip * noisy + out * network(scale_in * noisy, np.log(sigma) / 4)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return (weight * (denoised - y) ** 2).mean(axis=-1)
+
+
+@pytest.mark.parametrize("sd", [0.5, 1.0])
+def test_the_loss_is_that_of_the_paper_s_code(sd: float) -> None:
+    """Any network, any sigma: the six numbers give EDMLoss."""
+    random = np.random.default_rng(3)
+    sigma = np.exp(random.normal(-1.2, 1.2, 40))[:, None]
+    z, n = random.normal(size=(2, 40, 16))
+
+    def network(x: np.ndarray, c_noise: np.ndarray) -> np.ndarray:
+        return np.tanh(x + c_noise) - 0.3 * x * c_noise
+
+    hooks = run(Options(sigma_data=sd))
+    model = hooks.build_model(config=None)
+    noise: Any = SimpleNamespace(sigma=sigma[:, 0])
+    weights = hooks.weight_loss(model=model, noise=noise, step=1)
+    six = coefficients(model.preconditioning, sigma[:, 0], weights)
+    p, q, a, b, c_noise = (x[:, None] for x in (six.p, six.q, six.a, six.b, six.c_noise))
+    error = network(p * z + q * n, c_noise) - (a * z + b * n)
+    ours = six.w * (error**2).mean(axis=-1)
+    np.testing.assert_allclose(ours, nvlabs_loss(network, z, n, sigma, sd), rtol=1e-9)
 
 
 @pytest.mark.parametrize("sd", [0.5, 1.0])
@@ -111,6 +161,23 @@ def test_one_minus_c_skip_does_not_cancel() -> None:
     tiny = np.array([1e-9])
     assert 1 - edm.c_skip(tiny)[0] == 0  # what the subtraction would give
     np.testing.assert_allclose(edm.one_minus_c_skip(tiny), (tiny / 0.5) ** 2, rtol=1e-12)
+
+
+def test_the_scheduler_is_diffusers_edm_euler_with_our_numbers() -> None:
+    """The keys are those of diffusers 0.42.1; the values are what this plugin samples with."""
+    config = EDMPreconditioning(0.7).scheduler_config()
+    assert config == {
+        "_class_name": "EDMEulerScheduler",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "sigma_data": 0.7,
+        "sigma_schedule": "karras",
+        "prediction_type": "epsilon",
+        "rho": 7.0,
+        "final_sigmas_type": "zero",
+    }
+    sampling = run().build_model(config=None).sampling
+    assert (sampling.sigma_min, sampling.sigma_max) == (config["sigma_min"], config["sigma_max"])
 
 
 # ---- noise levels
@@ -152,12 +219,81 @@ def test_how_much_of_the_draw_is_nearly_clean(
     assert 1 - ours.cdf(np.array(1.0)) == pytest.approx(above, abs=5e-3)
 
 
-def test_the_readme_s_values_for_sdxl_are_the_moments_of_its_schedule() -> None:
-    assert SCHEDULE.log_sigmas.mean() == pytest.approx(0.4833, abs=5e-5)
-    assert SCHEDULE.log_sigmas.std() == pytest.approx(1.1943, abs=5e-5)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for flag in ("--edm_p_mean 0.4833", "--edm_p_std 1.1943", "--edm_sigma_data 1.0"):
-        assert flag in readme
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.4833, 1.1943), (4.0, 0.5), (-4.0, 1.4)])
+def test_restricted_it_is_the_log_normal_given_that_sigma_lies_within(
+    mean: float, std: float
+) -> None:
+    """P(sigma <= s | low <= sigma <= high), by scipy's truncated normal."""
+    low, high = SCHEDULE.sigmas[[0, -1]]
+    ours = LogNormal(SCHEDULE, mean, std, low, high)
+    theirs = stats.truncnorm((np.log(low) - mean) / std, (np.log(high) - mean) / std, mean, std)
+    u = np.concatenate([[2.0**-54], (np.arange(999) + 0.5) / 999, [1 - 2.0**-53]])
+    drawn = ours.quantile(u)
+    assert ((low <= drawn) & (drawn <= high)).all()
+    np.testing.assert_allclose(np.log(drawn), theirs.ppf(u), rtol=1e-9, atol=1e-9)
+    inside = np.exp(np.linspace(np.log(low), np.log(high), 200))
+    np.testing.assert_allclose(ours.cdf(inside), theirs.cdf(np.log(inside)), atol=1e-12)
+    np.testing.assert_allclose(ours.cdf(drawn), u, atol=1e-10)
+    assert ours.cdf(np.array([low / 2, low, high, 2 * high])) == pytest.approx([0, 0, 1, 1])
+    assert ours.cdf(np.array(low / 2)) == 0
+    assert ours.cdf(np.array(2 * high)) == 1
+
+
+def test_unrestricted_is_the_same_to_the_bit() -> None:
+    from scipy.special import ndtri
+
+    u = (np.arange(999) + 0.5) / 999
+    assert np.array_equal(LogNormal(SCHEDULE, -1.2, 1.2).quantile(u), np.exp(-1.2 + 1.2 * ndtri(u)))
+
+
+def test_a_restriction_that_leaves_nothing_is_refused() -> None:
+    hooks = run(Options(parametrization="native", p_mean=-10.0))
+    model = hooks.build_model(config=None)
+    with pytest.raises(PluginError, match=r"p_mean -10 and p_std 1\.2 leave .* 0\.02917 to 14\.61"):
+        hooks.sample_timesteps(model=model, step=1)
+    LogNormal(SCHEDULE, -100.0, 1.2)
+
+
+def test_a_millionth_of_the_draws_is_enough_to_restrict_to() -> None:
+    low = SCHEDULE.sigmas[0]
+    # Far below the schedule only the lower bound counts: P(ln sigma > ln low) = share.
+    for share in (0.995e-6, 1.005e-6):
+        mean = np.log(low) - 1.2 * stats.norm.isf(share)
+        if share > 1e-6:
+            LogNormal(SCHEDULE, mean, 1.2, low, SCHEDULE.sigmas[-1])
+        else:
+            with pytest.raises(PluginError, match=r"leave 9\.9e-07|leave 1\.0e-06"):
+                LogNormal(SCHEDULE, mean, 1.2, low, SCHEDULE.sigmas[-1])
+
+
+# ---- presets
+
+
+def test_the_preset_sdxl_holds_the_moments_of_its_schedule() -> None:
+    preset = Options(preset="sdxl").constants()
+    assert SCHEDULE.log_sigmas.mean() == pytest.approx(preset["p_mean"], abs=5e-5)
+    assert SCHEDULE.log_sigmas.std() == pytest.approx(preset["p_std"], abs=5e-5)
+    assert preset["sigma_data"] == 1.0
+    assert preset == {"sigma_data": 1.0, "p_mean": 0.4833, "p_std": 1.1943}
+
+
+def test_the_paper_s_constants_are_the_default_and_a_preset() -> None:
+    paper = {"sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}
+    assert Options().constants() == paper
+    assert Options(preset="paper").constants() == paper
+    assert Options(p_mean=0.0).constants() == {**paper, "p_mean": 0.0}
+
+
+@pytest.mark.parametrize("preset", ["paper", "sdxl"])
+@pytest.mark.parametrize("name", ["sigma_data", "p_mean", "p_std"])
+def test_a_constant_beside_a_preset_must_be_its_own(preset: Any, name: str) -> None:
+    """Also where the value given is the paper's default: it was said, and it contradicts."""
+    own = Options(preset=preset).constants()
+    other = {"paper": 0.7, "sdxl": Options().constants()[name]}[preset]
+    assert Options(preset=preset, **{name: own[name]}).constants() == own
+    values = {"preset": preset, name: other}
+    with pytest.raises(ConfigError, match=rf"plugins\.edm: {name} is {own[name]} in the preset"):
+        build_options(Options, values, "plugins.edm")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +315,7 @@ def test_min_snr_with_gamma_5_shrinks_the_loss_by_a_known_factor(
 def test_it_replaces_preconditioning_and_sampling_and_nothing_else() -> None:
     model = run().build_model(config=None)
     assert model.preconditioning.name == "edm"
-    assert model.sampling == Sampling(spacing="karras", sigma_min=0.002, sigma_max=80.0)
+    assert model.sampling == Sampling("karras", sigma_min=0.002, sigma_max=80.0, sampler="heun")
     assert model.schedule is SCHEDULE
     assert model.changes == ()
 
@@ -207,25 +343,31 @@ def test_its_loss_weight_comes_through_the_host_s_default() -> None:
 
 
 def test_every_option_has_an_effect() -> None:
-    def result(options: Options) -> tuple[float, float, float]:
-        hooks = run(options)
+    def result(**options: Any) -> tuple[float, float, float, float]:
+        hooks = run(Options(**options))
         model = hooks.build_model(config=None)
         draws = hooks.sample_timesteps(model=model, step=1).quantile(np.array([0.3, 0.5]))
-        return float(model.preconditioning.c_skip(np.array(1.0))), draws[0], draws[1]
+        skip = model.preconditioning.c_skip(np.array(1.0))
+        weight = round(own_weights(hooks, np.array([2.0]))[0], 12)
+        return float(skip), *draws, weight
 
-    default = result(Options())
-    assert default == result(Options(sigma_data=0.5, p_mean=-1.2, p_std=1.2))
-    skip, low, median = result(Options(sigma_data=1.0))
-    assert skip == 0.5
-    assert (low, median) == default[1:]
-    skip, low, median = result(Options(p_mean=0.0))
-    assert skip == default[0]
-    assert median == 1.0
-    assert low > default[1]
-    skip, low, median = result(Options(p_std=2.0))
-    assert skip == default[0]
-    assert median == default[2]
-    assert low < default[1]
+    skip, low, median, weight = result()
+    assert (skip, low, median, weight) == result(sigma_data=0.5, p_mean=-1.2, p_std=1.2)
+    assert (skip, low, median, weight) == result(preset="paper")
+    assert result(sigma_data=1.0) == (0.5, low, median, weight)
+    assert result(p_mean=0.0)[::2] == (skip, 1.0)
+    assert result(p_mean=0.0)[1] > low
+    assert result(p_std=2.0)[::2] == (skip, median)
+    assert result(p_std=2.0)[1] < low
+    sdxl = result(sigma_data=1.0, p_mean=0.4833, p_std=1.1943)
+    assert result(preset="sdxl") == sdxl
+    assert sdxl[2] == pytest.approx(np.exp(0.4833))
+    native = result(parametrization="native")
+    assert native[0] == 1.0
+    assert native[2] != median
+    assert native[3] == 1.0
+    assert result(parametrization="native", weighting="edm") == (*native[:3], 17.0)
+    assert result(parametrization="native", weighting="edm", sigma_data=1.0)[3] == 5.0
 
 
 def test_notes_warn_of_what_pretrained_weights_make_of_c_noise() -> None:
@@ -237,16 +379,249 @@ def test_notes_warn_of_what_pretrained_weights_make_of_c_noise() -> None:
     assert (np.abs(EDMPreconditioning(0.5).c_noise(central)) < 1.3).all()
 
 
+def test_notes_name_options_without_effect() -> None:
+    def notes(**options: Any) -> list[str]:
+        hooks = run(Options(**options))
+        return hooks.notes(hooks.build_model(config=None))
+
+    assert notes(weighting="edm")[1:] == [
+        "edm: weighting edm has no effect with parametrization edm"
+    ]
+    assert notes(parametrization="native") == []
+    assert notes(parametrization="native", preset="sdxl") == []
+    assert notes(parametrization="native", sigma_data=0.7) == [
+        "edm: sigma_data has no effect with parametrization native and weighting own"
+    ]
+    # Both are true: nothing changes.
+    assert np.array_equal(
+        own_weights(run(Options(weighting="edm")), SIGMA), own_weights(run(), SIGMA)
+    )
+    idle = run(Options(parametrization="native", sigma_data=0.7))
+    np.testing.assert_allclose(own_weights(idle, SIGMA), 1.0, rtol=1e-15)
+
+
+# ---- the native parametrisation
+
+
+@pytest.mark.parametrize("kind", [EpsPreconditioning, VPreconditioning])
+@pytest.mark.parametrize("weighting", ["own", "edm"])
+def test_native_keeps_the_configured_preconditioning(kind: Any, weighting: Any) -> None:
+    configured = kind(SCHEDULE)
+    plain = plain_model(configured)
+    hooks = run(Options(parametrization="native", weighting=weighting), plain)
+    model = hooks.build_model(config=None)
+    assert model.sampling == plain.sampling
+    ours = model.preconditioning
+    assert ours.name == configured.name
+    assert ours.scheduler_config() == configured.scheduler_config()
+    for function in ("c_skip", "one_minus_c_skip", "c_out", "c_in", "c_noise"):
+        assert np.array_equal(getattr(ours, function)(SIGMA), getattr(configured, function)(SIGMA))
+    if weighting == "own":
+        assert model is plain
+    # The configured object is left as it was.
+    assert configured.loss_weight(np.array([2.0])) == kind(SCHEDULE).loss_weight(np.array([2.0]))
+
+
+def test_native_draws_from_the_schedule_s_range_alone() -> None:
+    hooks = run(Options(parametrization="native"))
+    model = hooks.build_model(config=None)
+    drawn = hooks.sample_timesteps(model=model, step=1)
+    assert hooks.sample_timesteps(model=model, step=2) is drawn
+    ends = drawn.quantile(np.array([1e-12, 1 - 1e-12]))
+    np.testing.assert_allclose(ends, SCHEDULE.sigmas[[0, -1]], rtol=1e-7)
+    timestep = model.preconditioning.c_noise(drawn.quantile((np.arange(9999) + 0.5) / 9999))
+    # No two draws meet at an end of the scale, where t(sigma) would be clamped.
+    assert (np.diff(timestep) > 0).all()
+    outside = LogNormal(SCHEDULE, -1.2, 1.2).cdf(SCHEDULE.sigmas[[0, -1]])
+    assert outside[0] + 1 - outside[1] > 0.02
+
+
+def test_edm_s_weight_on_native_eps() -> None:
+    """w = 1 + (s / sd)^2; the figures of 200,000 evenly spaced draws with the paper's constants."""
+    hooks = run(Options(parametrization="native", weighting="edm"))
+    drawn = hooks.sample_timesteps(model=hooks.build_model(config=None), step=1)
+    sigma = drawn.quantile((np.arange(200_000) + 0.5) / 200_000)
+    weights = own_weights(hooks, sigma)
+    np.testing.assert_allclose(weights, 1 + (sigma / 0.5) ** 2, rtol=1e-12)
+    assert weights.mean() == pytest.approx(6.3, abs=0.05)
+    assert weights.max() == pytest.approx(853, abs=0.5)
+    heaviest = np.sort(weights)[-2000:]
+    assert heaviest.sum() / weights.sum() == pytest.approx(0.35, abs=5e-3)
+    (line,) = hooks.notes(hooks.build_model(config=None))
+    assert line.startswith("edm: warning: ")
+    assert "(eps) weighs 6.3 on average and up to 855," in line
+
+
+def test_edm_s_weight_on_native_v() -> None:
+    """lambda * c_out^2 = (s^2 + sd^2) / (sd^2 * (s^2 + 1))."""
+    hooks = run(
+        Options(parametrization="native", weighting="edm"), plain_model(VPreconditioning(SCHEDULE))
+    )
+    expected = (SIGMA**2 + 0.25) / (0.25 * (SIGMA**2 + 1))
+    np.testing.assert_allclose(own_weights(hooks, SIGMA), expected, rtol=1e-12)
+
+
+# ---- the names of old configs
+
+Part = tuple[str, dict[str, Any]]
+EPS, V = ("EpsScaling", {}), ("VScaling", {})
+SCALING: Part = ("EDMScaling", {"sigma_data": 0.7})
+WEIGHTING: Part = ("EDMWeighting", {"sigma_data": 0.7})
+SAMPLING: Part = ("EDMSampling", {"p_mean": -1.0, "p_std": 1.3})
+
+
+def parts(
+    scaling: Part | None = None, weighting: Part | None = None, sampler: Part | None = None
+) -> dict[str, Part]:
+    given = {"scaling": scaling, "weighting": weighting, "sigma_sampler": sampler}
+    return {slot: part for slot, part in given.items() if part is not None}
+
+
+NOISE = {"p_mean": -1.0, "p_std": 1.3}
+MEANT = [
+    (parts(SCALING, WEIGHTING, SAMPLING), ("edm", "own", {"sigma_data": 0.7, **NOISE})),
+    (parts(EPS, ("EpsWeighting", {}), SAMPLING), ("native", "own", NOISE)),
+    (parts(V, ("VWeighting", {}), SAMPLING), ("native", "own", NOISE)),
+    (parts(EPS, WEIGHTING, SAMPLING), ("native", "edm", {"sigma_data": 0.7, **NOISE})),
+    (parts(V, WEIGHTING, SAMPLING), ("native", "edm", {"sigma_data": 0.7, **NOISE})),
+    # What the config leaves out is the host's own.
+    (parts(None, None, SAMPLING), ("native", "own", NOISE)),
+    (parts(None, WEIGHTING, SAMPLING), ("native", "edm", {"sigma_data": 0.7, **NOISE})),
+    # Params that are not stated are the paper's, and so are the plugin's.
+    (parts(("EDMScaling", {}), ("EDMWeighting", {}), ("EDMSampling", {})), ("edm", "own", {})),
+    (
+        parts(("EDMScaling", {"sigma_data": 0.5}), ("EDMWeighting", {}), ("EDMSampling", {})),
+        ("edm", "own", {"sigma_data": 0.5}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), MEANT)
+def test_the_combinations_that_exist(
+    given: dict[str, Part], meant: tuple[str, str, dict[str, float]]
+) -> None:
+    parametrization, weighting, constants = meant
+    denoiser: Part = ("Denoiser", {"weighting": "the host's business"})
+    for whole in (given, {"denoiser": denoiser, **given}):
+        values = options_of(whole)
+        assert values == {"parametrization": parametrization, "weighting": weighting, **constants}
+    built = build_options(Options, values, "plugins.edm")
+    assert built.constants() == Options().constants() | constants
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        parts(SCALING, ("EpsWeighting", {}), SAMPLING),
+        parts(SCALING, ("UnitWeighting", {}), SAMPLING),
+        parts(SCALING, WEIGHTING, ("DiscreteSampling", {})),
+        parts(SCALING, WEIGHTING),
+        parts(SCALING),
+        parts(None, WEIGHTING),
+        parts(V, ("EpsWeighting", {}), SAMPLING),
+        parts(EPS, ("VWeighting", {}), SAMPLING),
+        parts(EPS, ("UnitWeighting", {}), SAMPLING),
+        parts(V, None, SAMPLING),
+    ],
+)
+def test_other_combinations_are_refused_with_those_that_exist(given: dict[str, Part]) -> None:
+    with pytest.raises(PluginError) as refused:
+        options_of(given)
+    told = str(refused.value)
+    assert told.startswith(" + ".join([given.get("scaling", EPS)[0], ""]))
+    for combination, _ in MEANT[:5]:
+        assert " + ".join(name for name, _ in combination.values()) in told
+
+
+def test_two_sigma_data_are_refused() -> None:
+    other = ("EDMWeighting", {"sigma_data": 1.0})
+    with pytest.raises(PluginError, match=r"sigma_data: 0\.7 in EDMScaling, 1\.0 in EDMWeighting"):
+        options_of(parts(SCALING, other, SAMPLING))
+    # One that is not stated is the paper's 0.5.
+    with pytest.raises(PluginError, match=r"sigma_data: 0\.7 in EDMScaling, 0\.5 in EDMWeighting"):
+        options_of(parts(SCALING, ("EDMWeighting", {}), SAMPLING))
+    with pytest.raises(PluginError, match=r"sigma_data: 0\.5 in EDMScaling, 0\.7 in EDMWeighting"):
+        options_of(parts(("EDMScaling", {}), WEIGHTING, SAMPLING))
+
+
+def test_the_discrete_variant_is_refused_by_name() -> None:
+    given = parts(SCALING, ("UnitWeighting", {}), ("DiscreteSampling", {}))
+    given["discretization"] = ("EDMDiscretization", {})
+    with pytest.raises(PluginError, match=r"^EDMDiscretization: .*use LegacyDDPMDiscretization"):
+        options_of(given)
+    given["discretization"] = ("LegacyDDPMDiscretization", {"num_timesteps": 1000})
+    assert options_of({**given, **parts(SCALING, WEIGHTING, SAMPLING)})["sigma_data"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            parts(("EDMScaling", {"sd": 1.0}), WEIGHTING, SAMPLING),
+            r"EDMScaling\.sd: .* sigma_data$",
+        ),
+        (
+            parts(SCALING, ("EDMWeighting", {"sigma_data": 0.7, "p_mean": 1.0}), SAMPLING),
+            r"EDMWeighting\.p_mean: .* sigma_data$",
+        ),
+        (
+            parts(SCALING, WEIGHTING, ("EDMSampling", {"num_idx": 1000})),
+            r"EDMSampling\.num_idx: .* p_mean, p_std$",
+        ),
+    ],
+)
+def test_params_that_the_classes_do_not_have_are_refused(given: dict[str, Part], told: str) -> None:
+    with pytest.raises(PluginError, match=told):
+        options_of(given)
+
+
+def test_the_names_are_declared() -> None:
+    """Old and new, and each for the one function."""
+    manifest = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    group = manifest.split('[project.entry-points."sdxl_host.targets"]')[1].split("[")[0]
+    old = "gm.modules.diffusionmodules."
+    expected = {f"sdxl_host.{name}": 0 for name in ("EDMScaling", "EDMWeighting", "EDMSampling")}
+    expected |= {
+        f"{old}{name}": 0
+        for name in (
+            "denoiser_scaling.EDMScaling",
+            "denoiser_weighting.EDMWeighting",
+            "sigma_sampling.EDMSampling",
+            "discretizer.EDMDiscretization",
+        )
+    }
+    expected["sdxl_host.EDMDiscretization"] = 0
+    lines = [line for line in group.splitlines() if line.strip()]
+    assert {line.split('"')[1] for line in lines} == set(expected)
+    assert {line.split('"')[3] for line in lines} == {"sdxl_edm.targets:options"}
+
+
+# ---- options
+
+
 def test_options_come_from_a_config_section() -> None:
-    assert build_options(Options, {}, "plugins.edm") == Options(0.5, -1.2, 1.2)
-    assert build_options(Options, {"p_mean": 1}, "plugins.edm").p_mean == 1.0
-    for key, bad in (("sigma_data", 0), ("sigma_data", -1.0), ("p_std", 0.0), ("p_mean", "low")):
+    assert build_options(Options, {}, "plugins.edm") == Options()
+    assert Options() == Options("edm", "own", "none", None, None, None)
+    built = build_options(Options, {"p_mean": 1, "p_std": None}, "plugins.edm")
+    assert built.constants() == {"sigma_data": 0.5, "p_mean": 1.0, "p_std": 1.2}
+    tiny = build_options(Options, {"sigma_data": 1e-6, "p_std": 1e-6}, "plugins.edm")
+    assert tiny.constants() == {"sigma_data": 1e-6, "p_mean": -1.2, "p_std": 1e-6}
+    bad_values = [
+        ("sigma_data", 0),
+        ("sigma_data", -1.0),
+        ("p_std", 0.0),
+        ("p_mean", "low"),
+        ("parametrization", "eps"),
+        ("weighting", "none"),
+        ("preset", "cosxl"),
+    ]
+    for key, bad in bad_values:
         with pytest.raises(ConfigError, match=rf"plugins\.edm\.{key}"):
             build_options(Options, {key: bad}, "plugins.edm")
 
 
 def test_importing_it_is_light() -> None:
-    code = "import sys, sdxl_edm; print(*sys.modules)"
+    code = "import sys, sdxl_edm, sdxl_edm.targets; print(*sys.modules)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True

@@ -12,9 +12,10 @@ The context has one length for all prompts, so the training step is compiled onc
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from sdxl_host import DiffusionModel, Encoders, PromptEmbedding, hookimpl, option
@@ -23,6 +24,17 @@ from sdxl_lpw.chunks import cut, kept_positions
 from sdxl_lpw.weights import Run, parse_weights
 
 __all__ = ["LongPrompts", "Options"]
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer(Protocol):
+    """What is needed here of the host's trainer."""
+
+    step: int
+    total_steps: int
+
+    def log(self, name: str, value: float) -> None: ...
 
 
 @dataclass
@@ -41,12 +53,14 @@ class Options:
 
 
 class LongPrompts:
-    """Claims `encode_prompt`."""
+    """Claims `encode_prompt`, and tells at the end of a step what was cut off in it."""
 
     Options = Options
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        # Prompts that were cut and tokens that they lost: of this step, and of those before.
+        self._step, self._run = np.zeros(2, np.int64), np.zeros(2, np.int64)
 
     @hookimpl
     def encode_prompt(self, prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding:
@@ -59,7 +73,7 @@ class LongPrompts:
         count = self.options.max_embeddings_multiples
         sections = [self._sections(prompt) for prompt in prompts]
         hidden, pooled = [], []
-        filled = np.zeros(len(prompts), np.int64)
+        filled = lost = np.zeros(len(prompts), np.int64)
         for encoder in encoders:
             chunks = [cut(parts, encoder, count) for parts in sections]
             states, summary = encoder.encode(np.concatenate([chunk.ids for chunk in chunks]))
@@ -70,14 +84,37 @@ class LongPrompts:
             hidden.append(states[:, kept_positions(self.options.convention, count, encoder.length)])
             pooled.append(None if summary is None else summary[::count])
             filled = np.maximum(filled, used)
+            lost = np.maximum(lost, [chunk.lost for chunk in chunks])
+        self._count(lost)
         mask = _positions(filled, count, encoders[0].length) if a1111 else None
         return encoders.join(hidden, pooled, mask)
+
+    @hookimpl
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Logs how many prompts were cut in this step, by how many tokens; after the last, all."""
+        for name, value in zip(("lpw_cut_prompts", "lpw_cut_tokens"), self._step, strict=True):
+            trainer.log(name, float(value))
+        self._run += self._step
+        self._step[:] = 0
+        if trainer.step == trainer.total_steps and self._run.any():
+            _log.warning("lpw: %d prompts of this run were cut, by %d tokens in all", *self._run)
 
     def notes(self, model: DiffusionModel) -> list[str]:
         """Whether the options leave everything as the host does it."""
         if self.options.max_embeddings_multiples == 1 and not self.options.prompt_weights:
             return ["does nothing: max_embeddings_multiples is 1 and prompt_weights is off"]
         return []
+
+    def _count(self, lost: np.ndarray) -> None:
+        """Adds prompts that lost `lost` (B,) tokens to the counts; says so the first time."""
+        cut = lost > 0
+        if cut.any() and not (self._step + self._run).any():
+            _log.warning(
+                "lpw: %d of %d prompts do not fit %d chunks and lose up to %d tokens; shorten them "
+                "or raise max_embeddings_multiples (said once)",
+                *(cut.sum(), len(lost), self.options.max_embeddings_multiples, lost.max()),
+            )
+        self._step += (cut.sum(), lost.sum())
 
     def _sections(self, prompt: str) -> list[list[Run]]:
         return parse_weights(prompt) if self.options.prompt_weights else [[(prompt, 1.0)]]

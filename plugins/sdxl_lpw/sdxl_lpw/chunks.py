@@ -30,12 +30,13 @@ class Chunks:
 
     ids: (n, length) int32, each row begin, up to length - 2 tokens, end, padding: the layout of
     the host's own encoding. weights: (n, length) float32, 1 for all but tokens. used: how many
-    rows the prompt fills, at least 1; the others hold an empty prompt.
+    rows the prompt fills, at least 1; the others hold an empty prompt. lost: tokens cut off.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     used: int
+    lost: int
 
 
 def cut(sections: Sequence[Sequence[Run]], encoder: Tokenizer, count: int) -> Chunks:
@@ -60,7 +61,7 @@ def cut(sections: Sequence[Sequence[Run]], encoder: Tokenizer, count: int) -> Ch
         ids[row, 1:after] = [token for token, _ in piece]
         weights[row, 1:after] = [weight for _, weight in piece]
         ids[row, after] = encoder.end
-    return Chunks(ids, weights, used)
+    return Chunks(ids, weights, used, sum(len(piece) for piece in pieces[used:]))
 
 
 def kept_positions(convention: str, count: int, length: int) -> np.ndarray:

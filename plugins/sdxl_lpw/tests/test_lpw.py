@@ -124,7 +124,51 @@ def test_chunks_by_hand() -> None:
         [1000, 1001, 0, 0, 0],
     ]
     assert chunks.used == 2
+    assert chunks.lost == 0
     assert (chunks.weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("pad", "ids"),
+    [
+        # CLIP-L pads with the end token, bigG with 0; 150 tokens fill two chunks to the last place.
+        (1001, [[1000, 1, 2, 3, 1001], [1000, 4, 5, 6, 1001], [1000, 1001, 1001, 1001, 1001]]),
+        (0, [[1000, 1, 2, 3, 1001], [1000, 4, 5, 6, 1001], [1000, 1001, 0, 0, 0]]),
+    ],
+)
+def test_a_full_chunk_ends_with_the_end_token(pad: int, ids: list[list[int]]) -> None:
+    """Both conventions: a padding chunk is an empty prompt, not padding alone."""
+    encoder = FakeEncoder(pad=pad, width=3, pooled_width=0, length=5)
+    assert cut([[(words(6), 1.0)]], encoder, count=3).ids.tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lost"),
+    [
+        (words(6), 0),
+        (words(7), 1),
+        (words(20), 14),
+        ("t1 BREAK t2 BREAK t3 t4", 2),
+        ("BREAK BREAK t3 BREAK t4 t5 t6 t7", 5),
+        (words(6) + " BREAK", 0),
+    ],
+)
+def test_how_many_tokens_are_cut_off(prompt: str, lost: int) -> None:
+    encoder = FakeEncoder(pad=0, width=3, pooled_width=0, length=5)
+    assert cut(parse_weights(prompt), encoder, count=2).lost == lost
+
+
+def test_the_context_s_table_of_positions_by_hand() -> None:
+    """Chunks of two tokens: which id's hidden state stands at each place of the context."""
+
+    def table(convention: str) -> list[int]:
+        encoder = FakeEncoder(pad=0, width=3, pooled_width=0, length=4)
+        ids = cut([[(words(3), 1.0)]], encoder, count=3).ids
+        return ids.ravel()[kept_positions(convention, 3, 4)].tolist()
+
+    assert table("a1111") == [1000, 1, 2, 1001, 1000, 3, 1001, 0, 1000, 1001, 0, 0]
+    # The end token of a chunk that is not full is inner, and stays; the last position closes.
+    assert table("kohya") == [1000, 1, 2, 3, 1001, 1001, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +289,10 @@ def test_break_starts_a_chunk_and_pads_the_one_before() -> None:
         [1001, 0, 0],
     ]
     assert chunks.used == 4
+    assert cut(parse_weights("t1 BREAK"), encoder, count=5).used == 1
+    single = FakeEncoder(pad=0, width=3, pooled_width=0, length=3)
+    assert cut(parse_weights("t1 BREAK t2"), single, count=5).used == 2
+    assert cut(parse_weights(""), encoder, count=5).used == 1
 
 
 # ---- what the weights do
@@ -306,13 +354,113 @@ def test_a_mean_of_zero_is_left_alone() -> None:
     assert not ours.context.any()
 
 
+# ---- what is cut off, told
+
+
+class Trainer:
+    """The part of the host's trainer that observers see."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.step, self.total_steps = 0, total_steps
+        self.logged: dict[str, float] = {}
+
+    def log(self, name: str, value: float) -> None:
+        self.logged[name] = value
+
+
+def test_each_step_logs_what_was_cut_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    hooks, trainer = run(), Trainer(total_steps=3)
+
+    def step(*batches: list[str]) -> tuple[dict[str, float], list[str]]:
+        caplog.clear()
+        for batch in batches:
+            hooks.encode_prompt(batch, two_encoders())
+        trainer.step += 1
+        trainer.logged = {}
+        hooks.on_step_end(trainer, None)
+        return trainer.logged, [record.getMessage() for record in caplog.records]
+
+    # Two micro-batches of one step; a prompt of exactly 225 tokens is whole.
+    logged, said = step([words(226), words(225), "t1"], [words(300), ""])
+    assert logged == {"lpw_cut_prompts": 2, "lpw_cut_tokens": 76}
+    assert said == [
+        "lpw: 1 of 3 prompts do not fit 3 chunks and lose up to 1 tokens; shorten them or raise "
+        "max_embeddings_multiples (said once)"
+    ]
+    assert step(["t1"]) == ({"lpw_cut_prompts": 0, "lpw_cut_tokens": 0}, [])
+    logged, said = step([words(230)])
+    assert logged == {"lpw_cut_prompts": 1, "lpw_cut_tokens": 5}
+    assert said == ["lpw: 3 prompts of this run were cut, by 81 tokens in all"]
+
+
+def test_nothing_cut_is_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
+    hooks, trainer = run(Options(max_embeddings_multiples=4)), Trainer(total_steps=1)
+    hooks.encode_prompt([words(300), ""], two_encoders())
+    trainer.step = 1
+    hooks.on_step_end(trainer, None)
+    assert trainer.logged == {"lpw_cut_prompts": 0, "lpw_cut_tokens": 0}
+    assert not caplog.records
+
+
+def test_sampling_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
+    """No step ends there; a negative prompt is a call of its own."""
+    hooks, encoders = run(), two_encoders()
+    hooks.encode_prompt(["t1"], encoders)
+    assert not caplog.records
+    hooks.encode_prompt([words(240), words(240)], encoders)
+    (record,) = caplog.records
+    assert "2 of 2 prompts do not fit 3 chunks and lose up to 15 tokens" in record.getMessage()
+    assert record.levelname == "WARNING"
+    hooks.encode_prompt([words(240)], encoders)
+    assert len(caplog.records) == 1
+
+
+def test_it_is_said_once_though_two_steps_cut_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    hooks, trainer = run(), Trainer(total_steps=9)
+    hooks.encode_prompt([words(240)], two_encoders())
+    hooks.on_step_end(trainer, None)
+    for _ in range(2):
+        hooks.encode_prompt([words(240)], two_encoders())
+    assert len(caplog.records) == 1
+
+
+def test_the_encoder_that_loses_most_counts() -> None:
+    encoders, hooks, trainer = two_encoders(length=5), run(), Trainer(total_steps=9)
+    encoders[0].tokenize = lambda text: list(range(1, 12))
+    encoders[1].tokenize = lambda text: list(range(1, 15))
+    hooks.encode_prompt(["x"], encoders)
+    hooks.on_step_end(trainer, None)
+    assert trainer.logged == {"lpw_cut_prompts": 1, "lpw_cut_tokens": 5}
+
+
+def test_counting_changes_no_embedding() -> None:
+    hooks, trainer = run(), Trainer(total_steps=9)
+    prompts = [words(300), "t1"]
+    first = hooks.encode_prompt(prompts, two_encoders())
+    hooks.on_step_end(trainer, None)
+    again = hooks.encode_prompt(prompts, two_encoders())
+    assert np.array_equal(first.context, again.context)
+    assert np.array_equal(first.pooled, again.pooled)
+    assert hooks.state_dict() == {}
+
+
+@pytest.mark.parametrize("convention", ["a1111", "kohya"])
+def test_a_negative_prompt_has_the_shape_of_a_prompt(convention: Any) -> None:
+    """Guidance stacks both, so a short one and a long one must come out alike."""
+    prompt, _ = encode([words(200)], convention=convention)
+    negative, _ = encode([""], convention=convention)
+    assert prompt.context.shape == negative.context.shape
+    assert prompt.attended().shape == negative.attended().shape
+    assert not np.array_equal(prompt.context, negative.context)
+
+
 # ---- in a run, and its options
 
 
 def test_it_claims_the_hook() -> None:
     assert run().chain("encode_prompt") == "lpw"
     assert run(Options(convention="kohya", prompt_weights=True)).describe() == [
-        "lpw (sdxl-lpw 0.1.0): claims encode_prompt"
+        "lpw (sdxl-lpw 0.1.0): claims encode_prompt, observes on_step_end"
     ]
 
 

@@ -13,9 +13,10 @@ turns it into min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from sdxl_host import DiffusionModel, Noise, hookimpl, option
+from sdxl_host import DiffusionModel, Distribution, Noise, hookimpl, option
 
 __all__ = ["MinSNR", "Options"]
 
@@ -27,29 +28,51 @@ class Options:
     gamma: float = option(
         5.0, help="upper bound on the signal-to-noise ratio as a weight", above=0.0
     )
+    normalize: Literal["none", "mean1"] = option(
+        "none", help="mean1: scale the weights so that the network's own squared error keeps 1"
+    )
 
 
 class MinSNR:
-    """Claims `weight_loss`: min(SNR, gamma)."""
+    """Claims `weight_loss`: min(SNR, gamma), divided by its mean with normalize mean1."""
 
     Options = Options
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self._distribution_and_mean: tuple[Distribution, float] | None = None
 
     @hookimpl
-    def weight_loss(self, noise: Noise) -> np.ndarray:
+    def weight_loss(self, model: DiffusionModel, noise: Noise) -> np.ndarray:
         """lambda on |D - z|^2, float64 (G,): the signal-to-noise ratio, at most gamma."""
-        return np.minimum(noise.snr, self.options.gamma)
+        weights = np.minimum(noise.snr, self.options.gamma)
+        if self.options.normalize == "none":
+            return weights
+        return weights / self._mean(model, noise.distribution)
 
-    def notes(self, model: DiffusionModel) -> list[str]:
+    def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
         """How much smaller the loss becomes, because gradients shrink with it."""
-        sigma = model.schedule.sigmas
-        # The weight on |D - z|^2 is worth weight * c_out^2 on the network's own squared error.
-        on_own_error = model.preconditioning.c_out(sigma) ** 2
-        mean = np.mean(np.minimum(sigma**-2.0, self.options.gamma) * on_own_error)
-        return [
+        mean = self._mean(model, distribution)
+        told = (
             f"gamma {self.options.gamma:g}: the network's own squared error "
-            f"({model.preconditioning.name}) is multiplied by {mean:.3f} on average over the "
-            f"{len(sigma)} timesteps"
-        ]
+            f"({model.preconditioning.name}) is multiplied by {mean:.3f} on average over the draws"
+        )
+        if self.options.normalize == "mean1":
+            told += ", and normalize mean1 divides by that"
+        return [told]
+
+    def _mean(self, model: DiffusionModel, distribution: Distribution) -> float:
+        """Mean factor on the network's own squared error over the draws from `distribution`."""
+        # Kept for as long as the distribution is the same object, as the host keeps its tables.
+        if (
+            self._distribution_and_mean is None
+            or self._distribution_and_mean[0] is not distribution
+        ):
+            mean = distribution.expect(lambda sigma: self._factor(model, sigma))
+            self._distribution_and_mean = distribution, mean
+        return self._distribution_and_mean[1]
+
+    def _factor(self, model: DiffusionModel, sigma: np.ndarray) -> np.ndarray:
+        # A weight on |D - z|^2 is worth weight * c_out^2 on the network's own squared error.
+        weights = np.minimum(sigma**-2.0, self.options.gamma)
+        return weights * model.preconditioning.c_out(sigma) ** 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, Noise, Schedule, hookimpl
+from sdxl_host import DiscreteDistribution, Distribution, Noise, Schedule, hookimpl
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
 from sdxl_host.errors import ConfigError
 from sdxl_host.hooks import Hooks, Plugin
@@ -21,11 +21,22 @@ from sdxl_snr import MinSNR, Options
 
 SCHEDULE = Schedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
+NOISIER = UNIFORM.reweighted(np.linspace(1.0, 9.0, 1000))
 EVERY_TIMESTEP = Noise.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
+EPS: Any = SimpleNamespace(
+    schedule=SCHEDULE, preconditioning=EpsPreconditioning(SCHEDULE), distribution=UNIFORM
+)
+V: Any = SimpleNamespace(
+    schedule=SCHEDULE, preconditioning=VPreconditioning(SCHEDULE), distribution=UNIFORM
+)
 
 
 class Defaults:
     """Stands in for the host's own answer."""
+
+    @hookimpl
+    def sample_timesteps(self, model: Any) -> Distribution:
+        return model.distribution
 
     @hookimpl
     def weight_loss(self, noise: Noise) -> np.ndarray:
@@ -38,8 +49,10 @@ def run(options: Options | None = None) -> Hooks:
     return Hooks(Defaults(), [Plugin(installed, options, MinSNR(options))])
 
 
-def weights(noise: Noise = EVERY_TIMESTEP, options: Options | None = None) -> np.ndarray:
-    return run(options).weight_loss(model=None, noise=noise, step=1)
+def weights(
+    noise: Noise = EVERY_TIMESTEP, options: Options | None = None, model: Any = EPS
+) -> np.ndarray:
+    return run(options).weight_loss(model=model, noise=noise, step=1)
 
 
 def test_the_weight_is_the_ratio_bounded_by_gamma() -> None:
@@ -82,34 +95,107 @@ def test_gamma_is_the_bound() -> None:
     assert np.array_equal(weights(options=Options(gamma=1e6)), EVERY_TIMESTEP.snr)
 
 
-def test_it_is_finite_over_sixteen_orders_of_magnitude() -> None:
+@pytest.mark.parametrize("normalize", ["none", "mean1"])
+@pytest.mark.parametrize("model", [EPS, V])
+def test_it_is_finite_over_sixteen_orders_of_magnitude(normalize: Any, model: Any) -> None:
     noise = Noise.at(np.logspace(-4, 4, 161), SCHEDULE, UNIFORM)
     assert noise.snr.min() == pytest.approx(1e-8)
     assert noise.snr.max() == pytest.approx(1e8)
-    ours = weights(noise)
+    ours = weights(noise, Options(normalize=normalize), model)
     assert np.isfinite(ours).all()
     assert (ours > 0).all()
     assert (np.diff(ours) <= 0).all()
 
 
-@pytest.mark.parametrize(
-    ("preconditioning", "name", "mean"),
-    [(EpsPreconditioning, "eps", "0.917"), (VPreconditioning, "v", "0.294")],
-)
-def test_notes_say_how_much_smaller_the_loss_is(preconditioning: Any, name: str, mean: str) -> None:
-    model: Any = SimpleNamespace(schedule=SCHEDULE, preconditioning=preconditioning(SCHEDULE))
+def test_the_limits_at_no_noise_and_at_nothing_else() -> None:
+    """SNR to infinity: gamma on the latent, and 0 on the network's own error. SNR to 0: the SNR
+    itself, which is 1 on the network's own error for eps and 0 for v."""
+    ends = Noise.at(np.array([1e-100, 1e100]), SCHEDULE, UNIFORM)
+    np.testing.assert_allclose(weights(ends), [5.0, 1e-200], rtol=1e-12)
+    on_eps = weights(ends) * EPS.preconditioning.c_out(ends.sigma) ** 2
+    np.testing.assert_allclose(on_eps, [0.0, 1.0], atol=1e-12)
+    on_v = weights(ends) * V.preconditioning.c_out(ends.sigma) ** 2
+    np.testing.assert_allclose(on_v, [0.0, 0.0], atol=1e-12)
+
+
+# ---- normalize
+
+
+@pytest.mark.parametrize("model", [EPS, V])
+@pytest.mark.parametrize("distribution", [UNIFORM, NOISIER])
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_mean1_keeps_the_mean_of_the_network_s_own_weight_at_one(
+    model: Any, distribution: Distribution, gamma: float
+) -> None:
+    """E[min(SNR, gamma) * c_out^2] / that mean = 1 over what is drawn, whatever is drawn."""
+    noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, distribution)
+    ours = weights(noise, Options(gamma=gamma, normalize="mean1"), model)
+    c_out = model.preconditioning.c_out
+    masses = np.diff(np.concatenate([[0.0], distribution.cdf(SCHEDULE.sigmas)]))
+    assert np.sum(masses * ours * c_out(SCHEDULE.sigmas) ** 2) == pytest.approx(1.0, rel=1e-12)
+    # It is one number for all noise levels.
+    plain = weights(noise, Options(gamma=gamma), model)
+    np.testing.assert_allclose(ours / plain, ours[0] / plain[0], rtol=1e-12)
+    np.testing.assert_allclose(plain, np.minimum(noise.snr, gamma), rtol=1e-15)
+
+
+class Counted(DiscreteDistribution):
+    """Counts how often its mean is asked for."""
+
+    asked = 0
+
+    def expect(self, f: Any) -> float:
+        self.asked += 1
+        return super().expect(f)
+
+
+def test_the_mean_is_taken_once_for_each_distribution() -> None:
+    hooks = run(Options(normalize="mean1"))
+    first, second = Counted(SCHEDULE), Counted(SCHEDULE, np.arange(1.0, 1001.0))
+    results = []
+    for step, distribution in enumerate([first, first, second, second, first], start=1):
+        noise = Noise.at(np.array([0.1, 1.0]), SCHEDULE, distribution)
+        results.append(hooks.weight_loss(model=EPS, noise=noise, step=step))
+    assert (first.asked, second.asked) == (2, 1)
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[4])
+    assert (results[2] < results[0]).all()  # noisier draws are cut less, so their mean is higher
+
+
+@pytest.mark.parametrize(("model", "name", "mean"), [(EPS, "eps", "0.917"), (V, "v", "0.294")])
+def test_notes_say_how_much_smaller_the_loss_is(model: Any, name: str, mean: str) -> None:
     (line,) = run().notes(model)
     assert line.startswith("snr: gamma 5:")
     assert f"({name})" in line
-    assert mean in line
+    assert line.endswith(f"{mean} on average over the draws")
+    (normalized,) = run(Options(normalize="mean1")).notes(model)
+    assert normalized == f"{line}, and normalize mean1 divides by that"
+
+
+def test_notes_speak_of_what_is_drawn() -> None:
+    model: Any = SimpleNamespace(**{**vars(V), "distribution": NOISIER})
+    masses = np.linspace(1, 9, 1000) / np.linspace(1, 9, 1000).sum()
+    snr = EVERY_TIMESTEP.snr
+    mean = np.sum(masses * np.minimum(snr, 5) / (snr + 1))
+    (line,) = run().notes(model)
+    assert f" {mean:.3f} on average" in line
+    assert mean < 0.25
+
+
+# ---- options
 
 
 def test_options_come_from_a_config_section() -> None:
-    assert build_options(Options, {}, "plugins.snr") == Options(gamma=5.0)
+    assert build_options(Options, {}, "plugins.snr") == Options(gamma=5.0, normalize="none")
     assert build_options(Options, {"gamma": 7}, "plugins.snr").gamma == 7.0
+    assert build_options(Options, {"gamma": 1e-6}, "plugins.snr").gamma == 1e-6
     for bad in (0, -1.0, float("inf"), float("nan"), "five", True):
         with pytest.raises(ConfigError, match=r"plugins\.snr\.gamma"):
             build_options(Options, {"gamma": bad}, "plugins.snr")
+    assert build_options(Options, {"normalize": "mean1"}, "plugins.snr").normalize == "mean1"
+    for bad in ("max1", True, 1):
+        with pytest.raises(ConfigError, match=r"plugins\.snr\.normalize"):
+            build_options(Options, {"normalize": bad}, "plugins.snr")
 
 
 def test_importing_it_is_light() -> None:

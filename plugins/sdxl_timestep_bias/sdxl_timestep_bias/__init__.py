@@ -93,22 +93,26 @@ class TimestepBias:
             return weights
         return weights / noise.distribution.ratio(noise.sigma)
 
-    def notes(self, model: DiffusionModel) -> list[str]:
-        """Options that have no effect beside the others."""
+    def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
+        """Where the draws go in the end, and options that have no effect beside the others."""
         chosen, count = self.options, len(model.schedule)
         if chosen.strategy == "none":
             return ["does nothing: strategy is none; choose earlier, later or range"]
         if chosen.multiplier == 1:
             return ["does nothing: multiplier is 1"]
+        biased = self.weights(count) != 1
         if self.is_idle(count):
-            favoured = int((self.weights(count) != 1).sum())
             return [
-                f"does nothing: strategy {chosen.strategy} favours {favoured} of {count} timesteps"
+                f"does nothing: strategy {chosen.strategy} biases {biased.sum()} of {count} "
+                "timesteps"
             ]
+        share = distribution.expect(lambda sigma: biased[model.schedule.nearest(sigma)] * 1.0)
+        told = f"{share:.2%} of the draws fall on the {biased.sum()} timesteps of weight "
+        others = (("begin", chosen.begin, 0), ("end", chosen.end, 1000))
         if chosen.strategy == "range":
-            return [f"portion {chosen.portion:g} has no effect with strategy range"]
-        return [
-            f"{name} {value} has no effect with strategy {chosen.strategy}"
-            for name, value, default in (("begin", chosen.begin, 0), ("end", chosen.end, 1000))
+            others = (("portion", chosen.portion, None),)
+        return [told + f"{chosen.multiplier:g}"] + [
+            f"{name} {value:g} has no effect with strategy {chosen.strategy}"
+            for name, value, default in others
             if value != default
         ]

@@ -23,7 +23,7 @@ SCHEDULE = Schedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
 U = (np.arange(20000) + 0.5) / 20000
 GUIDE = {"multiplier": 2, "strategy": "range", "begin": 200, "end": 500, "portion": 0.25}
-MODEL: Any = SimpleNamespace(schedule=SCHEDULE)
+MODEL: Any = SimpleNamespace(schedule=SCHEDULE, distribution=UNIFORM)
 
 
 class LogNormal(Distribution):
@@ -133,6 +133,86 @@ def test_the_number_of_timesteps_is_the_schedule_s() -> None:
     assert 1 - later.cdf(schedule.sigmas[29]) == pytest.approx(0.4, abs=1e-12)
 
 
+# ---- against diffusers' training scripts
+
+
+def timestep_weights(
+    strategy: str, multiplier: float, portion: float, begin: int, end: int
+) -> np.ndarray:
+    """What diffusers' `generate_timestep_weights` returns, stated anew: (1000,), sum 1."""
+    weights = np.ones(1000)
+    number = int(portion * 1000)
+    if strategy == "later":
+        biased = np.arange(1000)[-number:]
+    elif strategy == "earlier":
+        biased = np.arange(1000)[:number]
+    else:
+        biased = np.arange(begin, end)
+    weights[biased] *= multiplier
+    return weights / weights.sum()
+
+
+def excess(drawn: np.ndarray, expected: np.ndarray) -> float:
+    """Pearson's chi-square of the draws, in deviations above what it is for right draws.
+
+    Over 1000 timesteps it has the mean 999 and the variance 2 * 999, and is next to normal.
+    """
+    counts = drawn.size * expected
+    chi_square = np.sum((np.bincount(drawn, minlength=1000) - counts) ** 2 / counts)
+    return float((chi_square - 999) / np.sqrt(2 * 999))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "multiplier", "portion", "begin", "end"),
+    [
+        ("later", 2.0, 0.25, 0, 1000),
+        ("earlier", 5.0, 0.1, 0, 1000),
+        ("range", 2.0, 0.25, 200, 500),
+        ("range", 0.25, 0.25, 900, 1000),
+    ],
+)
+def test_a_million_draws_follow_diffusers_weights(
+    strategy: Any, multiplier: float, portion: float, begin: int, end: int
+) -> None:
+    """The uniforms are the same at every run of the test, so it passes always or never."""
+    u = np.random.default_rng(20).random(1_000_000)
+    drawn = SCHEDULE.nearest(biased(Options(strategy, multiplier, begin, end, portion)).quantile(u))
+    right = timestep_weights(strategy, multiplier, portion, begin, end)
+    assert abs(excess(drawn, right)) < 3
+    # The test can tell: a bias one timestep beside it, or a tenth stronger, is refuted.
+    assert excess(drawn, np.roll(right, 1)) > 5
+    stronger = timestep_weights(strategy, 1.1 * multiplier, portion, begin, end)
+    assert excess(drawn, stronger) > 4
+
+
+def test_probabilities_sum_to_one() -> None:
+    for options in (Options("later", 2.0), Options("range", 0.3, 10, 11)):
+        drawn = biased(options)
+        assert drawn.cdf(SCHEDULE.sigmas[-1]) == pytest.approx(1.0, abs=1e-15)
+        masses = np.diff(np.concatenate([[0.0], drawn.cdf(SCHEDULE.sigmas)]))
+        assert masses.sum() == pytest.approx(1.0, abs=1e-12)
+        np.testing.assert_allclose(
+            masses,
+            timestep_weights(
+                options.strategy,
+                options.multiplier,
+                options.portion,
+                options.begin,
+                options.end,
+            ),
+            atol=1e-15,
+        )
+
+
+def test_quantile_and_cdf_find_each_other() -> None:
+    """Discrete: quantile(cdf(s_t)) = s_t, and u <= cdf(quantile(u)) < u + the mass there."""
+    drawn = biased(Options("range", 3.0, 100, 300))
+    assert np.array_equal(drawn.quantile(drawn.cdf(SCHEDULE.sigmas)), SCHEDULE.sigmas)
+    reached = drawn.cdf(drawn.quantile(U))
+    assert (reached >= U).all()
+    assert (reached < U + 3 / 1400 + 1e-15).all()
+
+
 # ---- one object while nothing changes
 
 
@@ -211,8 +291,8 @@ def test_without_it_the_weight_passes_unchanged(options: Options) -> None:
 IDLE = {
     "strategy is none": Options(multiplier=2.0),
     "multiplier is 1": Options(strategy="later"),
-    "favours 1000 of 1000": Options(strategy="range", multiplier=2.0),
-    "favours 0 of 1000": Options(strategy="later", multiplier=2.0, portion=0.0005),
+    "biases 1000 of 1000": Options(strategy="range", multiplier=2.0),
+    "biases 0 of 1000": Options(strategy="later", multiplier=2.0, portion=0.0005),
 }
 
 
@@ -226,15 +306,39 @@ def test_options_that_do_nothing_say_so_and_do_nothing(reason: str, options: Opt
 
 def test_options_that_others_make_idle_are_named() -> None:
     guide = build_options(Options, GUIDE, "plugins.timestep_bias")
-    assert run(guide).notes(MODEL) == [
+    assert run(guide).notes(MODEL)[1:] == [
         "timestep_bias: portion 0.25 has no effect with strategy range"
     ]
     later = Options(strategy="later", multiplier=2.0, begin=200, end=500)
-    assert run(later).notes(MODEL) == [
+    assert run(later).notes(MODEL)[1:] == [
         "timestep_bias: begin 200 has no effect with strategy later",
         "timestep_bias: end 500 has no effect with strategy later",
     ]
-    assert run(Options(strategy="earlier", multiplier=2.0)).notes(MODEL) == []
+    assert len(run(Options(strategy="earlier", multiplier=2.0)).notes(MODEL)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "source", "line"),
+    [
+        (
+            Options(strategy="range", multiplier=2.0, begin=200, end=500),
+            UNIFORM,
+            "46.15% of the draws fall on the 300 timesteps of weight 2",
+        ),
+        (
+            Options(strategy="later", multiplier=2.0),
+            LogNormal(),
+            "2.93% of the draws fall on the 250 timesteps of weight 2",
+        ),
+        (
+            Options(strategy="earlier", multiplier=0.5),
+            UNIFORM,
+            "14.29% of the draws fall on the 250 timesteps of weight 0.5",
+        ),
+    ],
+)
+def test_notes_tell_where_the_draws_go(options: Options, source: Distribution, line: str) -> None:
+    assert run(options, source).notes(MODEL)[0] == f"timestep_bias: {line}"
 
 
 @pytest.mark.parametrize(("begin", "end"), [(500, 200), (200, 200), (-1, 200), (200, 1001)])
@@ -254,6 +358,8 @@ def test_a_range_may_be_all_timesteps_or_one() -> None:
 def test_values_out_of_range_are_refused() -> None:
     assert build_options(Options, {}, "plugins.timestep_bias") == Options()
     assert build_options(Options, {"portion": 1.0}, "plugins.timestep_bias").portion == 1.0
+    least = build_options(Options, {"multiplier": 1e-6, "portion": 1e-6}, "plugins.timestep_bias")
+    assert (least.multiplier, least.portion) == (1e-6, 1e-6)
     bad_values = [
         ("multiplier", 0),
         ("multiplier", -2.0),
