@@ -21,9 +21,12 @@ parity: $(VENV)/ready-dev $(VENV)-parity/ready  ## our networks against diffuser
 	SDXL_HOST_GOLDEN=build/golden $(VENV)/bin/python -m pytest -m parity
 	rm -rf build/parity && mkdir -p build/parity
 	$(VENV)-parity/bin/python tests/parity/make_pipeline.py build/parity/pipeline
-	$(VENV)/bin/python tests/parity/round_trip.py build/parity/pipeline build/parity/ours
-	$(VENV)-parity/bin/python tests/parity/check_export.py build/parity/ours/folder \
-	  build/parity/ours/single.safetensors build/parity/pipeline build/parity/ours/expected.npz
+	set -e; for objective in eps v edm; do \
+	  ours=build/parity/$$objective; \
+	  $(VENV)/bin/python tests/parity/round_trip.py build/parity/pipeline $$ours $$objective; \
+	  $(VENV)-parity/bin/python tests/parity/check_export.py $$ours/folder \
+	    $$ours/single.safetensors build/parity/pipeline $$ours/expected.npz; \
+	done
 
 soak: $(VENV)/ready-dev  ## the long forms of the tests
 	$(VENV)/bin/python -m pytest -m soak

@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": "train a model; with no arguments, a small one on the pictures the package carries",
+    "plan": "show what a training would be, without training: settings, curves, captions, memory",
     "sample": "draw pictures from a checkpoint",
     "convert": "write weights in another format or precision",
     "plugins": "list the installed plugins",
@@ -50,6 +51,10 @@ def _dispatch(words: list[str]) -> int:
         from sdxl_host.commands.train import train
 
         return train(rest)
+    if command == "plan":
+        from sdxl_host.commands.plan import plan
+
+        return plan(rest)
     if command == "sample":
         from sdxl_host.commands.sample import sample
 

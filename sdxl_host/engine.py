@@ -26,6 +26,7 @@ from sdxl_host.model import DiffusionModel, Lazy, Sampling
 from sdxl_host.targets import build
 
 __all__ = [
+    "Denoiser",
     "DiffusionEngine",
     "DiscreteDenoiser",
     "DiscreteSampling",
@@ -116,6 +117,11 @@ class DiscreteDenoiser:
             f"{where}.discretization_config",
         ).schedule
         self.preconditioning = scaling.preconditioning(self.schedule, weighting.function)
+
+
+class Denoiser(DiscreteDenoiser):
+    """The same under the name of the original's continuous denoiser: the noise condition stays a
+    float here in any case."""
 
 
 class DiscreteSampling:

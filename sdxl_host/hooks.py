@@ -232,11 +232,21 @@ class Hooks:
         return lines
 
     def notes(self, model: Any) -> list[str]:
-        """What the plugins have to say of their options at the start of a run (`notes(model)`)."""
+        """What the plugins have to say of their options at the start of a run.
+
+        A plugin's `notes` may name `model` and `distribution`, the one of step 1 after all
+        adapters, and takes what it names.
+        """
         lines = []
         for plugin in self.plugins:
-            if hasattr(plugin.instance, "notes"):
-                lines += [f"{plugin.name}: {line}" for line in plugin.instance.notes(model)]
+            notes = getattr(plugin.instance, "notes", None)
+            if notes is None:
+                continue
+            named = inspect.signature(notes).parameters
+            given: dict[str, Any] = {"model": model} if "model" in named else {}
+            if "distribution" in named:
+                given["distribution"] = self.sample_timesteps(model, 1)
+            lines += [f"{plugin.name}: {line}" for line in notes(**given)]
         return lines
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ class Selection:
         self.installed = plugin_packages.discover()
         self._configured = configured
         self._names = list(configured if chosen is None else chosen)
+        self._is_chosen = chosen is not None
         self._used_by: dict[str, str] = {}
         self._removed: set[str] = set()
         self._classes: dict[str, type] = {}
@@ -41,6 +42,17 @@ class Selection:
         if not on:
             self._removed.add(name)
             self._names = [other for other in self._names if other != name]
+
+    def configure(self, name: str, by: str) -> bool:
+        """The config asks for a plugin elsewhere than in `plugins`; False where --plugins leaves it
+        out."""
+        if name not in self._names:
+            if self._is_chosen:
+                return False
+            self._names.append(name)
+        self._configured.append(name)
+        self._used_by.setdefault(name, by)
+        return True
 
     def use(self, name: str, by: str) -> None:
         """A flag of the plugin was given: it runs."""

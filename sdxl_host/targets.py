@@ -17,7 +17,7 @@ from typing import Any
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.options import fits, type_name
 
-__all__ = ["Target", "build", "idle_params", "look_up"]
+__all__ = ["Target", "build", "idle_params", "is_known", "look_up"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ _TARGETS = (
         },
     ),
     Target(
+        "Denoiser",
+        "denoiser",
+        "sdxl_host.engine:Denoiser",
+        (_DIFFUSION + "denoiser.Denoiser",),
+    ),
+    Target(
         "EpsScaling",
         "scaling",
         "sdxl_host.engine:EpsScaling",
@@ -214,17 +220,10 @@ _BY_NAME = {
     name: target for target in _TARGETS for name in (f"sdxl_host.{target.name}", *target.old)
 }
 
-# Names of old configs that are not served, and what to do instead.
-_HINTS = {
-    "EDMScaling": "EDM is the plugin edm: keep EpsScaling here and add --plugins edm "
-    "(pip install sdxl-edm)",
-    "EDMWeighting": "EDM is the plugin edm: keep EpsWeighting here and add --plugins edm "
-    "(pip install sdxl-edm)",
-    "EDMSampling": "EDM is the plugin edm: keep DiscreteSampling here and add --plugins edm "
-    "(pip install sdxl-edm)",
-    "EDMDiscretization": "EDM is the plugin edm: keep LegacyDDPMDiscretization here and add "
-    "--plugins edm (pip install sdxl-edm)",
-}
+
+def is_known(name: str) -> bool:
+    """Whether the host itself has a target of this name."""
+    return name in _BY_NAME
 
 
 def look_up(node: Any, slot: str, where: str) -> tuple[Target, dict[str, Any]]:
@@ -244,12 +243,11 @@ def look_up(node: Any, slot: str, where: str) -> tuple[Target, dict[str, Any]]:
     name = str(node["target"])
     target = _BY_NAME.get(name)
     if target is None:
-        short = name.rpartition(".")[2]
         fits = [key for key, known in _BY_NAME.items() if known.slot == slot]
-        hint = _HINTS.get(short) or (
-            f"there is no such target{did_you_mean(name, fits)} (known: {', '.join(fits)})"
+        raise ConfigError(
+            f"{where}.target: {name}: there is no such target{did_you_mean(name, fits)} "
+            f"(known: {', '.join(fits)})"
         )
-        raise ConfigError(f"{where}.target: {name}: {hint}")
     if target.slot != slot:
         raise ConfigError(f"{where}.target: {name} is a {target.slot}; a {slot} must stand here")
     params = node.get("params")

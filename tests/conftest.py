@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -60,9 +60,11 @@ class Site:
         distribution: str | None = None,
         version: str = "1.0",
         requires: str = "sdxl-host>=0.1,<0.2",
+        targets: Sequence[str] = (),
     ) -> str:
         """Installs a plugin called `name` and returns its module's name.
 
+        targets: names it declares as targets, all of them served by the module's `targets`.
         options: lines of a dataclass body, such as `size: int = 3`. source: the whole module
         instead, whose class is `Fake`.
         """
@@ -79,7 +81,9 @@ class Site:
             "utf-8",
         )
         information.joinpath("entry_points.txt").write_text(
-            f"[sdxl_host.plugins]\n{name} = {module}:Fake\n", "utf-8"
+            f"[sdxl_host.plugins]\n{name} = {module}:Fake\n[sdxl_host.targets]\n"
+            + "".join(f"{target} = {module}:targets\n" for target in targets),
+            "utf-8",
         )
         self.modules.append(module)
         importlib.invalidate_caches()

@@ -118,7 +118,10 @@ def test_the_help_of_train_names_every_flag(site, capsys):
     ("words", "message"),
     [
         (["trian"], "trian: there is no such command (did you mean train?)"),
-        (["zzz"], "zzz: there is no such command (commands: train, sample, convert, plugins)"),
+        (
+            ["zzz"],
+            "zzz: there is no such command (commands: train, plan, sample, convert, plugins)",
+        ),
         (["--verbose"], "--verbose: there is no such command"),
         (["plugins", "--chekc"], "unrecognized arguments: --chekc; sdxl-host plugins --help"),
         (["sample"], "the following arguments are required: --prompt"),

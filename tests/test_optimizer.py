@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -167,6 +169,18 @@ def test_linear_rises_to_f_max_and_falls_to_f_min_in_each_cycle():
     np.testing.assert_allclose(factors[:4], [0.1, 0.325, 0.55, 0.775])
     np.testing.assert_allclose(factors[4:10], [0.68, 0.6, 0.52, 0.44, 0.36, 0.28])
     np.testing.assert_allclose(factors[10:], 0.6 * (8 - np.arange(8)) / 8)
+
+
+def test_a_run_longer_than_its_cycles_is_refused_at_its_place(tmp_path, device):
+    from sdxl_host.config import load
+    from sdxl_host.errors import ConfigError
+    from sdxl_host.training.trainer import Trainer
+
+    params = "{warm_up_steps: [1], cycle_lengths: [2], f_start: [0], f_max: [1], f_min: [0]}"
+    words = ["--config", str(Path(__file__).parent / "nano.yaml"), "--save_path", str(tmp_path)]
+    words += ["optim.scheduler_config.target=sdxl_host.LambdaLinearScheduler"]
+    with pytest.raises(ConfigError, match=r"^optim\.scheduler_config\.params: .*after 2 updates"):
+        Trainer(load([*words, f"optim.scheduler_config.params={params}"]))
 
 
 def test_linear_as_the_old_configs_have_it_is_a_warm_up():

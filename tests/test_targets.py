@@ -16,7 +16,7 @@ import sdxl_host
 from sdxl_host.diffusion.schedule import Schedule
 from sdxl_host.engine import DiffusionEngine
 from sdxl_host.errors import ConfigError
-from sdxl_host.targets import _HINTS, _TARGETS, build, idle_params, look_up
+from sdxl_host.targets import _TARGETS, build, idle_params, look_up
 
 DIFFUSION = "gm.modules.diffusionmodules."
 RESIZE = {"target": "sdxl_host.Resize", "params": {"size": 64}}
@@ -195,6 +195,7 @@ GUIDE = {
     "gm.modules.diffusionmodules.denoiser.DiscreteDenoiser": "denoiser",
     "gm.models.autoencoder.AutoencoderKLInferenceWrapper": "first_stage",
     "gm.models.autoencoder.AutoencoderKL": "first_stage",
+    "gm.modules.diffusionmodules.denoiser.Denoiser": "denoiser",
     "gm.modules.diffusionmodules.denoiser_scaling.EpsScaling": "scaling",
     "gm.modules.diffusionmodules.denoiser_scaling.VScaling": "scaling",
     "gm.modules.diffusionmodules.denoiser_weighting.EpsWeighting": "weighting",
@@ -211,12 +212,6 @@ GUIDE = {
     "gm.data.mappers.AddOriginalImageSizeAsTupleAndCropToSquare": "transform",
     "gm.data.mappers.Transpose": "transform",
 }
-REFUSED = {
-    DIFFUSION + "denoiser_scaling.EDMScaling": ("scaling", "pip install sdxl-edm"),
-    DIFFUSION + "denoiser_weighting.EDMWeighting": ("weighting", "pip install sdxl-edm"),
-    DIFFUSION + "sigma_sampling.EDMSampling": ("sigma_sampler", "pip install sdxl-edm"),
-    DIFFUSION + "discretizer.EDMDiscretization": ("discretization", "pip install sdxl-edm"),
-}
 
 
 @pytest.mark.parametrize("name", GUIDE)
@@ -224,19 +219,6 @@ def test_the_names_of_the_training_guide_resolve(name):
     target, params = look_up({"target": name}, GUIDE[name], "here")
     assert target.name == name.rpartition(".")[2].removesuffix("InferenceWrapper")
     assert params == {}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_the_other_names_of_the_guide_are_refused_with_the_remedy(name):
-    slot, remedy = REFUSED[name]
-    said = refuse({"target": name}, r"^here\.target: ", slot)
-    assert name in said
-    assert remedy in said
-    assert "no such target" not in said
-
-
-def test_every_hint_is_tested_above():
-    assert set(_HINTS) == {name.rpartition(".")[2] for name in REFUSED}
 
 
 # ---- params

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -74,9 +75,16 @@ class Preconditioning(ABC):
         """lambda, the weight on |D - z|^2; by default the network's own plain squared error."""
         return 1.0 / self.c_out(sigma) ** 2
 
+    def scheduler_config(self) -> dict[str, Any] | None:
+        """The diffusers scheduler that samples such a network, as its config with `_class_name`;
+        None where diffusers has none. It is recorded in checkpoints and written on export."""
+        return None
+
 
 class _ScheduledPreconditioning(Preconditioning):
     """What eps and v share: variance-preserving input, timesteps as noise condition."""
+
+    prediction_type: str  # as diffusers calls it
 
     def __init__(self, schedule: Schedule, weighting: Weighting | None = None) -> None:
         self.schedule = schedule
@@ -93,11 +101,28 @@ class _ScheduledPreconditioning(Preconditioning):
             return super().loss_weight(floats(sigma))
         return self.weighting(floats(sigma))
 
+    def scheduler_config(self) -> dict[str, Any]:
+        # Betas follow from the noise levels, so a schedule of one's own is told as well as SDXL's.
+        alpha_bar = 1.0 / (1.0 + self.schedule.sigmas**2)
+        betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+        usual = np.array_equal(self.schedule.sigmas, Schedule.scaled_linear().sigmas)
+        return {
+            "_class_name": "EulerDiscreteScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "trained_betas": None if usual else betas.tolist(),
+            "num_train_timesteps": len(self.schedule),
+            "prediction_type": self.prediction_type,
+            "timestep_spacing": "trailing",
+        }
+
 
 class EpsPreconditioning(_ScheduledPreconditioning):
     """The network predicts the unit noise n: SDXL's own parametrisation (Ho et al. 2020)."""
 
     name = "eps"
+    prediction_type = "epsilon"
 
     def c_skip(self, sigma: FloatArray) -> FloatArray:
         return np.ones_like(floats(sigma))
@@ -113,6 +138,7 @@ class VPreconditioning(_ScheduledPreconditioning):
     """The network predicts v = alpha * n - sigma_vp * z (Salimans and Ho 2022, app. D)."""
 
     name = "v"
+    prediction_type = "v_prediction"
 
     def c_skip(self, sigma: FloatArray) -> FloatArray:
         return 1.0 / (floats(sigma) ** 2 + 1.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sdxl_host.assembly import weight_lines
+from sdxl_host import curves
+from sdxl_host.assembly import make_hooks, weight_lines
 from sdxl_host.config import RunConfig
 from sdxl_host.device import on_ascend
 from sdxl_host.models.attention import attention_in_use
@@ -36,10 +37,25 @@ def record(trainer: Trainer) -> dict[str, Any]:
     hooks = ("build_model", "sample_timesteps", "weight_loss", "encode_prompt")
     return {
         "preconditioning": trainer.model.preconditioning.name,
+        "scheduler": trainer.model.preconditioning.scheduler_config(),
         "hooks": {hook: trainer.hooks.chain(hook) for hook in hooks},
+        "curves": trainer.curve_lines,
         "size": [trainer.dataset.target_size, trainer.dataset.target_size],
         "original_size": list(trainer.dataset.typical_size()),
+        "aesthetic_score": trainer.dataset.aesthetic_score,
     }
+
+
+def plugin_lines(config: RunConfig, checkpoint: Checkpoint | None) -> tuple[list[str], list[str]]:
+    """Where the run learns, without its plugins and with them; and the plugins' own notes.
+
+    Of hooks of their own: asking a plugin that keeps state must not disturb the run's.
+    """
+    asked = make_hooks(config)
+    if checkpoint is not None:
+        asked.load_state_dict(checkpoint.plugin_states())
+    learned = curves.start_lines(*curves.curves(asked, config.tree))
+    return learned, asked.notes(asked.build_model(config.tree))
 
 
 def start_lines(
@@ -54,6 +70,7 @@ def start_lines(
         trainer.parts.cell.attention_type,
         "Ascend" if on_ascend() else "CPU",
         is_half(config.train.ms_amp_level),
+        trainer.parts.cell.num_head_channels,
     )
     trained = sum(parameter.size for parameter in trainer.parts.trained)
     lines = [
@@ -77,8 +94,9 @@ def start_lines(
         ]
     else:
         lines.append(f"data        {len(dataset)} captioned pictures")
+    lines += trainer.curve_lines
     lines.append(f"run         {trainer.save_path}")
     if checkpoint is not None:
         lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
-    notes = [*config.notices, *trainer.hooks.notes(trainer.model), *optimizer.notes()]
+    notes = [*config.notices, *trainer.plugin_notes, *optimizer.notes()]
     return lines + [f"note        {line}" for line in notes]

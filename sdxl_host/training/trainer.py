@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor
 from omegaconf import OmegaConf
 
-from sdxl_host.assembly import make_hooks, make_parts, open_weight
+from sdxl_host.assembly import check_fit, make_hooks, make_parts, open_weight
 from sdxl_host.config import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
@@ -27,7 +27,7 @@ from sdxl_host.training.checkpoint import Checkpoint, save_checkpoint
 from sdxl_host.training.observers import Checkpoints, FiniteGuard, Grids, Metrics, Progress
 from sdxl_host.training.optimizer import Optimizer, learning_rates
 from sdxl_host.training.precision import LOSS_SCALE, apply_precision, is_half
-from sdxl_host.training.report import plugin_list, record, start_lines
+from sdxl_host.training.report import plugin_lines, plugin_list, record, start_lines
 from sdxl_host.training.result import StepResult
 from sdxl_host.training.resume import find_checkpoint, make_folder, settings_text
 from sdxl_host.training.step import TrainStep, compiled
@@ -64,11 +64,12 @@ class Trainer:
         optimizer, table = self._make_optimizer()
         self.hooks = make_hooks(config)
         self.model = self.hooks.build_model(config.tree)
+        side = self.dataset.target_size
+        check_fit(self.model, (side, side), "data.dataset_config.params.target_size")
         self.save_path = make_folder(config, checkpoint)
 
         # The networks, their weights, and the step that trains them.
         self.parts = make_parts(self.model, config.train.seed, source)
-        self._check_widths()
         limit = config.train.max_grad_norm if config.train.clip_grad else None
         apply_precision(self.parts.cell, config.train.ms_amp_level)
         scale = LOSS_SCALE if is_half(config.train.ms_amp_level) else None
@@ -79,6 +80,7 @@ class Trainer:
         self._eager = config.train.ms_mode == 1
         self._run_step = compiled(self._cell, self._eager)
         self._sampler: PictureSampler | None = None
+        self.curve_lines, self.plugin_notes = plugin_lines(config, checkpoint)
         for line in start_lines(self, optimizer, checkpoint, source):
             say(line)
 
@@ -226,7 +228,10 @@ class Trainer:
         schedule = None
         if settings.scheduler_config:
             schedule = build(settings.scheduler_config, "scheduler", "optim.scheduler_config")
-        rates = learning_rates(settings.base_learning_rate, schedule, self.total_steps)
+        try:
+            rates = learning_rates(settings.base_learning_rate, schedule, self.total_steps)
+        except ValueError as error:
+            raise ConfigError(f"optim.scheduler_config.params: {error}") from error
         return optimizer, optimizer.table(rates)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -234,27 +239,6 @@ class Trainer:
         self._cell.load_state(checkpoint.optimizer_state())
         self.hooks.load_state_dict(checkpoint.plugin_states())
         self.step = checkpoint.step
-
-    def _check_widths(self) -> None:
-        """Raises ConfigError where the parts of the model do not fit each other or the pictures."""
-        network, first_stage = self.parts.cell, self.model.first_stage
-        conditioner = self.model.conditioner
-        for key, has, needs, whose in (
-            ("in_channels", network.in_channels, first_stage.channels, "the first stage's latents"),
-            ("context_dim", network.context_dim, conditioner.context_width, "the text encoders"),
-            ("adm_in_channels", network.adm_in_channels, conditioner.vector_width, "the embedders"),
-        ):
-            if has != needs:
-                raise ConfigError(
-                    f"model.params.network_config.params.{key}: {has} does not fit {whose}, which "
-                    f"give {needs}; set it to {needs}"
-                )
-        step = first_stage.downsampling * network.downsampling
-        if self.dataset.target_size % step:
-            raise ConfigError(
-                f"data.dataset_config.params.target_size: {self.dataset.target_size} must be a "
-                f"multiple of {step}, by which autoencoder and network downsample"
-            )
 
     def _latent_shape(self) -> tuple[int, int, int]:
         first_stage = self.model.first_stage

@@ -9,7 +9,7 @@ while it loads, the two exports hold different weights, or an output differs fro
 than 1e-4 of its largest value. Needs tests/golden/requirements.txt and no network.
 
 EXPECTED.npz holds the inputs and outputs of our forward with the exported weights, all float32 but
-the ids, which are int64:
+the ids, which are int64, and the prompt:
 
     unet_x          (B, 4, H, W)            unet_timesteps  (B,)
     unet_context    (B, L, D1 + D2)         unet_pooled     (B, D2)
@@ -19,8 +19,12 @@ the ids, which are int64:
     ids_1, ids_2    (B, 77)                 pooled_2        (B, D2)
     hidden_1        (B, 77, D1)             hidden_2        (B, 77, D2)
 
-time_ids are original size, crop and target size, each height first; ids_1 goes to CLIP-L and ids_2
-to bigG; hidden is the output of the last layer but one, without the final norm.
+    sample_noise    (1, 4, H, W) unit       sample_latents  (1, 4, H, W) scaled
+    sample_sigma    () of the first step    sample_prompt, sample_steps, sample_guidance_scale
+
+sample_latents are what our sampler makes of the noise; the folder's own pipeline and scheduler must
+make the same of it. time_ids are original size, crop and target size, each height first; ids_1 goes
+to CLIP-L and ids_2 to bigG; hidden is the output of the last layer but one, without the final norm.
 """
 
 import argparse
@@ -43,14 +47,6 @@ from diffusers import StableDiffusionXLPipeline
 
 TOLERANCE = 1e-4  # of the largest value of an output
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-OUTPUTS = (
-    "unet_out",
-    "vae_moments",
-    "vae_decoded",
-    "hidden_1",
-    "hidden_2",
-    "pooled_2",
-)
 
 
 class Collector(logging.Handler):
@@ -133,8 +129,8 @@ def different_weights(
 
 
 def outputs(pipeline: StableDiffusionXLPipeline, given: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What the pipeline's networks give for EXPECTED's inputs, by the keys of OUTPUTS."""
-    t = {key: torch.from_numpy(values) for key, values in given.items()}
+    """What the pipeline's networks give for EXPECTED's inputs, by the keys of the outputs."""
+    t = {k: torch.from_numpy(v) for k, v in given.items() if not k.startswith("sample_")}
     with torch.no_grad():
         first = pipeline.text_encoder(t["ids_1"], output_hidden_states=True)
         second = pipeline.text_encoder_2(t["ids_2"], output_hidden_states=True)
@@ -156,9 +152,31 @@ def outputs(pipeline: StableDiffusionXLPipeline, given: dict[str, np.ndarray]) -
         }
 
 
+def sampled(
+    pipeline: StableDiffusionXLPipeline, given: dict[str, np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """The latents that the pipeline's own scheduler makes of the given noise."""
+    noise = torch.from_numpy(given["sample_noise"])
+    height, width = (8 * side for side in noise.shape[2:])
+    # The pipeline scales what it is given; EDM's scale is sqrt(sigma^2 + 1), ours sigma.
+    scale = float(given["sample_sigma"]) / float(pipeline.scheduler.init_noise_sigma)
+    latents = pipeline(
+        prompt=str(given["sample_prompt"]),
+        height=height,
+        width=width,
+        original_size=(height, width),
+        target_size=(height, width),
+        num_inference_steps=int(given["sample_steps"]),
+        guidance_scale=float(given["sample_guidance_scale"]),
+        latents=noise * scale,
+        output_type="latent",
+    ).images
+    return {"sample_latents": latents}
+
+
 def compare(label: str, made: dict[str, Any], expected: dict[str, np.ndarray]) -> Iterator[str]:
     """A line for every output, printed; those that are too far off are yielded."""
-    for key in OUTPUTS:
+    for key in made:
         ours, theirs = expected[key], made[key].numpy()
         if ours.shape != theirs.shape:
             yield f"{label}: {key}: {ours.shape} here, {theirs.shape} in diffusers"
@@ -187,6 +205,7 @@ def main() -> int:
     problems += different_weights(*pipelines.values())
     for label, pipeline in pipelines.items():
         problems += compare(label, outputs(pipeline, expected), expected)
+    problems += compare("folder", sampled(pipelines["folder"], expected), expected)
     print("\n".join(problems) or "both exports load whole and compute what our networks compute")
     return 1 if problems else 0
 

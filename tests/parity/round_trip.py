@@ -1,10 +1,11 @@
 """Loads a diffusers folder, trains it one step, exports it, and writes what its networks compute.
 
-    python tests/parity/round_trip.py PIPELINE OUT
+    python tests/parity/round_trip.py PIPELINE OUT OBJECTIVE
 
-PIPELINE is what make_pipeline.py wrote. OUT gets `run/`, the export as `folder/` (diffusers) and
-`single.safetensors`, and `expected.npz` with the keys that check_export.py lists. Exit 1 where the
-step left the weights as they were.
+PIPELINE is what make_pipeline.py wrote. OBJECTIVE is what the step trains for: eps, v or edm. OUT
+gets `run/`, the export as `folder/` (diffusers) and `single.safetensors`, and `expected.npz` with
+the keys that check_export.py lists. Exit 1 where the step left the weights as they were, or where a
+single file is written of an objective that it can't name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from sdxl_host.cli import main as command
 from sdxl_host.config import load
 from sdxl_host.device import prepare_device
 from sdxl_host.prompts import PromptEmbedding
+from sdxl_host.randomness import Stream, normals
+from sdxl_host.sampling.restore import restore_sampler
+from sdxl_host.sampling.samplers import noise_levels
 
 _EMBEDDERS = "model.params.conditioner_config.params.emb_models"
 # The packaged config of SDXL's base at the widths of make_pipeline.py.
@@ -48,13 +52,32 @@ SETTINGS = [
     "data.dataset_config.params.transforms[0].params.size=64",
     "optim.base_learning_rate=0.01",
     "optim.scheduler_config=null",
-    "--ms_mode", "1",
+    "--ms_mode", "1", "--ms_amp_level", "O0",
 ]  # fmt: skip
 
 
-def train(pipeline: Path, folder: Path) -> Path:
+_DENOISER = "model.params.denoiser_config.params"
+OBJECTIVES = {
+    "eps": [],
+    "v": [
+        f"{_DENOISER}.scaling_config.target=sdxl_host.VScaling",
+        f"{_DENOISER}.weighting_config.target=sdxl_host.VWeighting",
+    ],
+    "edm": ["--plugins", "edm"],
+}
+PROMPT, STEPS, GUIDANCE = "a photo of a cat", 4, 5.0
+
+
+def train(pipeline: Path, folder: Path, objective: str) -> Path:
     """One step from the pipeline's weights; the checkpoint."""
-    words = [*SETTINGS, "--weight", str(pipeline), "--save_path", str(folder)]
+    words = [
+        *SETTINGS,
+        *OBJECTIVES[objective],
+        "--weight",
+        str(pipeline),
+        "--save_path",
+        str(folder),
+    ]
     words += ["--save_path_with_time", "False", "--total_step", "1", "--sample_steps", "1"]
     if command(["train", *words, "train.sample_count=1"]):
         raise SystemExit("round_trip: the step failed")
@@ -108,17 +131,43 @@ def outputs(weights: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def sampled(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The latents of a few Euler steps, and the noise they start from."""
+    size, seed = (64, 96), 11
+    sampler, _ = restore_sampler(checkpoint, size=size, original_size=size)
+    latents: list[np.ndarray] = []
+    first_stage = sampler.model.first_stage
+    first_stage.decode = lambda x: latents.append(x) or np.zeros((1, 3, *size), np.float32)
+    sampler.draw([PROMPT], STEPS, GUIDANCE, seed, sampler="euler")
+    model = sampler.model
+    return {
+        "sample_noise": normals(seed, Stream.SAMPLING, 0, [0], latents[0].shape[1:]),
+        "sample_sigma": noise_levels(model.sampling, model.schedule, STEPS)[0],
+        "sample_latents": latents[0],
+        "sample_prompt": np.asarray(PROMPT),
+        "sample_steps": np.asarray(STEPS),
+        "sample_guidance_scale": np.asarray(GUIDANCE),
+    }
+
+
 def main() -> int:
     """Train, export and compute; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("objective", choices=list(OBJECTIVES))
     options = parser.parse_args()
     prepare_device("CPU")
-    checkpoint = train(options.pipeline, options.out / "run")
+    checkpoint = train(options.pipeline, options.out / "run", options.objective)
     exports = [options.out / "folder", options.out / "single.safetensors"]
     for export in exports:
-        if command(["convert", str(checkpoint), str(export)]):
+        words = ["convert", str(checkpoint), str(export)]
+        if options.objective == "edm" and export.suffix:
+            if command(words) != 2:
+                print("round_trip: an objective that a single file can't name was not refused")
+                return 1
+            words.append("--allow-unmarked-objective")
+        if command(words):
             return 1
     before = open_weight(str(options.pipeline))
     after = open_weight(str(exports[1]))
@@ -126,7 +175,7 @@ def main() -> int:
     if np.array_equal(before.read(name), after.read(name)):
         print(f"round_trip: {name} is what it was before the step")
         return 1
-    np.savez(options.out / "expected.npz", **outputs(exports[1]))
+    np.savez(options.out / "expected.npz", **outputs(exports[1]), **sampled(checkpoint))
     return 0
 
 
