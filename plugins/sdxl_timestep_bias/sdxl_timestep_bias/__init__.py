@@ -54,6 +54,7 @@ class TimestepBias:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._source_and_biased: tuple[Distribution, Distribution] | None = None
+        self._idle: dict[int, bool] = {}  # asked twice a step
 
     def weights(self, count: int) -> np.ndarray:
         """w_t for the timesteps 0 to count - 1, float64 (count,); only their ratios matter."""
@@ -71,8 +72,10 @@ class TimestepBias:
 
     def is_idle(self, count: int) -> bool:
         """Whether all of count timesteps weigh the same, so that nothing changes."""
-        weights = self.weights(count)
-        return bool((weights == weights[0]).all())
+        if count not in self._idle:
+            weights = self.weights(count)
+            self._idle[count] = bool((weights == weights[0]).all())
+        return self._idle[count]
 
     @hookimpl(wrapper=True)
     def sample_timesteps(self) -> Generator[None, Distribution, Distribution]:
