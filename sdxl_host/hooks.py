@@ -59,7 +59,7 @@ class _Attributed(PluginError):
 
 def implementations(plugin: Installed, cls: type) -> list[Implementation]:
     """The hooks of the class `cls`, in the order of `HOOKS`. Raises PluginError for what the
-    contract refuses: see `docs/hooks.md`."""
+    contract refuses."""
     found: dict[str, Implementation] = {}
     for name in dir(cls):
         method = inspect.getattr_static(cls, name)

@@ -162,18 +162,11 @@ def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
     from omegaconf import OmegaConf
 
     from sdxl_host.targets import build
-    from sdxl_host.training.optimizer import learning_rates
+    from sdxl_host.training.optimizer import configured
 
     node = OmegaConf.to_container(config.tree.data.dataset_config)
     dataset = build(node, "dataset", "data.dataset_config")
-    optim = config.optim
-    optimizer = build(optim.optimizer_config, "optimizer", "optim.optimizer_config")
-    if optim.scheduler_config:
-        schedule = build(optim.scheduler_config, "scheduler", "optim.scheduler_config")
-        try:
-            learning_rates(optim.base_learning_rate, schedule, config.data.total_step)
-        except ValueError as error:  # a schedule that is shorter than the run
-            raise ConfigError(f"optim.scheduler_config.params: {error}") from error
+    optimizer, _ = configured(config.optim, config.data.total_step)
     return dataset, optimizer.notes()
 
 

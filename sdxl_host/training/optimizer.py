@@ -17,12 +17,17 @@ from typing import Protocol
 
 import numpy as np
 
+from sdxl_host.errors import ConfigError
+from sdxl_host.settings import OptimSettings
+from sdxl_host.targets import build
+
 __all__ = [
     "AdamW",
     "AdamWeightDecay",
     "LambdaLinearScheduler",
     "LambdaWarmUpScheduler",
     "Optimizer",
+    "configured",
     "learning_rates",
 ]
 
@@ -176,3 +181,18 @@ class AdamWeightDecay(Optimizer):
             "AdamWeightDecay corrects no bias, so its first updates are larger than AdamW's; "
             "sdxl_host.AdamW does"
         ]
+
+
+def configured(settings: OptimSettings, updates: int) -> tuple[Optimizer, np.ndarray]:
+    """The optimizer that a config names, and its learning rates (updates,) float64.
+
+    Raises ConfigError, also for a schedule that is shorter than the run.
+    """
+    optimizer = build(settings.optimizer_config, "optimizer", "optim.optimizer_config")
+    schedule = None
+    if settings.scheduler_config:
+        schedule = build(settings.scheduler_config, "scheduler", "optim.scheduler_config")
+    try:
+        return optimizer, learning_rates(settings.base_learning_rate, schedule, updates)
+    except ValueError as error:
+        raise ConfigError(f"optim.scheduler_config.params: {error}") from error

@@ -25,7 +25,7 @@ from sdxl_host.targets import build
 from sdxl_host.training.batches import Batch, Batches
 from sdxl_host.training.checkpoint import Checkpoint, save_checkpoint
 from sdxl_host.training.observers import Checkpoints, FiniteGuard, Grids, Metrics, Progress
-from sdxl_host.training.optimizer import Optimizer, learning_rates
+from sdxl_host.training.optimizer import configured
 from sdxl_host.training.precision import LOSS_SCALE, apply_precision, is_half
 from sdxl_host.training.report import plugin_lines, plugin_list, record, start_lines
 from sdxl_host.training.result import StepResult
@@ -61,7 +61,7 @@ class Trainer:
         )
         with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
             self.dataset.check(threads)
-        optimizer, table = self._make_optimizer()
+        optimizer, rates = configured(config.optim, self.total_steps)
         self.hooks = make_hooks(config)
         self.model = self.hooks.build_model(config.tree)
         side = self.dataset.target_size
@@ -73,7 +73,9 @@ class Trainer:
         limit = config.train.max_grad_norm if config.train.clip_grad else None
         apply_precision(self.parts.cell, config.train.ms_amp_level)
         scale = LOSS_SCALE if is_half(config.train.ms_amp_level) else None
-        self._cell = TrainStep(self.parts.cell, self.parts.trained, optimizer, table, limit, scale)
+        self._cell = TrainStep(
+            self.parts.cell, self.parts.trained, optimizer, optimizer.table(rates), limit, scale
+        )
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -221,18 +223,6 @@ class Trainer:
         )
 
     # ---- the beginning
-
-    def _make_optimizer(self) -> tuple[Optimizer, np.ndarray]:
-        settings = self.config.optim
-        optimizer = build(settings.optimizer_config, "optimizer", "optim.optimizer_config")
-        schedule = None
-        if settings.scheduler_config:
-            schedule = build(settings.scheduler_config, "scheduler", "optim.scheduler_config")
-        try:
-            rates = learning_rates(settings.base_learning_rate, schedule, self.total_steps)
-        except ValueError as error:
-            raise ConfigError(f"optim.scheduler_config.params: {error}") from error
-        return optimizer, optimizer.table(rates)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.parts.load(checkpoint.folder)
