@@ -31,6 +31,7 @@ __all__ = [
     "FROZEN_FILE",
     "NETWORK_FILE",
     "Parts",
+    "change_network",
     "check_fit",
     "make_hooks",
     "make_parts",
@@ -177,10 +178,21 @@ def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -
         if source.architecture is not None:
             _check_heads(source.architecture, model, source.description)
         files.load({**network, **frozen}, source)
+    network, trained = change_network(model, network)
+    return Parts(cell, network, frozen, trained)
+
+
+def change_network(
+    model: DiffusionModel, network: dict[str, Parameter]
+) -> tuple[dict[str, Parameter], list[Parameter]]:
+    """Makes the plugins' changes of the network; its parameters now, and those that are trained.
+
+    network: its parameters before. Raises PluginError where one is gone, or none is left to train.
+    """
     for change in model.changes:
-        change.change(cell)
+        change.change(model.network)
     if model.changes:
-        changed = single_file_parameters(cell, NETWORK_PREFIX)
+        changed = single_file_parameters(model.network, NETWORK_PREFIX)
         gone = [name for name in network if name not in changed]
         if gone:
             raise PluginError(
@@ -192,7 +204,7 @@ def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -
     trained = [p for name, p in network.items() if all(pick(name) for pick in picks)]
     if not trained:
         raise PluginError("with_network: no parameter is left to train; mend `trainable`")
-    return Parts(cell, network, frozen, trained)
+    return network, trained
 
 
 def _initialize(

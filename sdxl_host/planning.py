@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdxl_host.data.captions import Captioned
-from sdxl_host.errors import PluginError
 from sdxl_host.hooks import Hooks
 from sdxl_host.model import DiffusionModel
 from sdxl_host.prompts import Encoders, TextEncoder
@@ -165,18 +164,14 @@ def model_parts(model: DiffusionModel) -> list[Part]:
     """
     from mindspore.nn.utils import no_init_parameters
 
+    from sdxl_host.assembly import change_network
+
     with no_init_parameters():
         cell = model.network
         encoders = [encoder.cell for encoder in model.encoders]
         first_stage = model.first_stage.cell
         before = _shapes(cell, NETWORK_PREFIX)
-        for change in model.changes:
-            change.change(cell)
-    network = _parameters(cell, NETWORK_PREFIX)
-    picks: list[Callable[[str], bool]] = [c.trainable for c in model.changes if c.trainable]
-    trained = [p for name, p in network.items() if all(pick(name) for pick in picks)]
-    if not trained:
-        raise PluginError("with_network: no parameter is left to train; mend `trainable`")
+        network, trained = change_network(model, _parameters(cell, NETWORK_PREFIX))
     parts = [_part("network", network.values(), trained, before)]
     for index, encoder in enumerate(encoders):
         shapes = _shapes(encoder, embedder_prefix(index))

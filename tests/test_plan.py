@@ -568,7 +568,7 @@ def test_the_whole_of_a_plan(device: str, here: Path, capsys) -> None:
 def test_the_attention_is_that_of_network_device_and_precision(
     device: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdxl_host.models import attention
+    from sdxl_host.training import report
 
     asked: list[tuple[Any, ...]] = []
 
@@ -576,7 +576,7 @@ def test_the_attention_is_that_of_network_device_and_precision(
         asked.append(arguments)
         return "watched"
 
-    monkeypatch.setattr(attention, "attention_in_use", watch)
+    monkeypatch.setattr(report, "attention_in_use", watch)
     assert plan() == 0
     assert plan("--ms_amp_level", "O3") == 0
     assert asked == [("flash-attention", "CPU", False, 32), ("flash-attention", "CPU", True, 32)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -97,7 +98,7 @@ def _run(
             "leave the flag out"
         )
     predicted = objective(source.metadata)
-    numbers = sum(_size(shape) for shape in source.shapes.values())
+    numbers = sum(math.prod(shape) for shape in source.shapes.values())
     stored = ", ".join(sorted(set(source.dtypes.values())))
     print(f"weights     {len(source.shapes):,} tensors, {numbers:,} numbers ({stored})")
     print(f"objective   {predicted}", flush=True)
@@ -179,10 +180,3 @@ def _progress() -> Callable[[int, int], None]:
             print(f"progress    {10 * tenths:3d}% ({done / 1e9:.2f} GB)", flush=True)
 
     return tell
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

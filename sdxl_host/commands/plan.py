@@ -173,19 +173,13 @@ def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
 def _objective_lines(
     config: RunConfig, hooks: Hooks, model: DiffusionModel, device: str
 ) -> list[str]:
-    from sdxl_host.models.attention import attention_in_use
-    from sdxl_host.training.precision import PRECISIONS, is_half
+    from sdxl_host.training.report import compute_lines
 
-    level, network = config.train.ms_amp_level, model.network
-    attention = attention_in_use(
-        network.attention_type, device, is_half(level), network.num_head_channels
-    )
     return [
         f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
         *(f"            {line}" for line in hooks.describe()),
         f"objective   {model.preconditioning.name}",
-        f"attention   {attention}",
-        f"precision   {level}, {PRECISIONS[level]}",
+        *compute_lines(model.network, config.train.ms_amp_level),
         f"device      {device}",
     ]
 

@@ -20,6 +20,7 @@ import importlib_metadata
 import numpy as np
 
 from sdxl_host.assembly import FROZEN_FILE, NETWORK_FILE
+from sdxl_host.disk import sync_folder, write_new
 from sdxl_host.errors import DataError, PluginError
 from sdxl_host.training.state import pack, unpack
 from sdxl_host.version import __version__
@@ -96,14 +97,14 @@ def save_checkpoint(
         files.write(partial / NETWORK_FILE, network, metadata)
         _write_frozen(parent, partial / FROZEN_FILE, frozen)
         files.write(partial / OPTIMIZER_FILE, optimizer, {})
-        _write_text(partial / CONFIG_FILE, config)
+        write_new(partial / CONFIG_FILE, config.encode("utf-8"))
         (partial / "plugins").mkdir()
         for name, state in plugin_states.items():
             _write_plugin_state(partial / "plugins", name, state)
         if export is not None:
             export(partial)
-        _write_text(partial / STATE_FILE, _described(partial, step, plugins, record))
-        _sync_folder(partial)
+        write_new(partial / STATE_FILE, _described(partial, step, plugins, record).encode("utf-8"))
+        sync_folder(partial)
         _put_in_place(partial, folder)
         _point_latest(parent, folder)
     except OSError as error:
@@ -164,13 +165,6 @@ def find_latest(save_path: Path) -> Path:
 # ---- writing
 
 
-def _write_text(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _write_frozen(parent: Path, file: Path, frozen: Mapping[str, np.ndarray]) -> None:
     """Frozen weights never change, so every checkpoint of a run shares one file on the disk."""
     earlier = parent / _LATEST / FROZEN_FILE
@@ -189,7 +183,7 @@ def _write_plugin_state(folder: Path, name: str, state: Any) -> None:
         packed = pack(state, arrays)
     except TypeError as error:
         raise PluginError(f"plugin {name}: state_dict: {error}; mend the plugin") from error
-    _write_text(folder / f"{name}.json", json.dumps(packed, indent=1))
+    write_new(folder / f"{name}.json", json.dumps(packed, indent=1).encode("utf-8"))
     if arrays:
         files.write(folder / f"{name}.safetensors", arrays, {})
 
@@ -242,7 +236,7 @@ def _put_in_place(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(partial, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _point_latest(parent: Path, folder: Path) -> None:
@@ -250,12 +244,4 @@ def _point_latest(parent: Path, folder: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
     os.replace(link, parent / _LATEST)
-    _sync_folder(parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(parent)

@@ -17,7 +17,7 @@ from sdxl_host.weights.source import Source
 if TYPE_CHECKING:
     from sdxl_host.training.trainer import Trainer
 
-__all__ = ["plugin_list", "record", "start_lines"]
+__all__ = ["compute_lines", "plugin_lines", "plugin_list", "record", "start_lines"]
 
 
 def plugin_list(config: RunConfig) -> list[dict[str, str]]:
@@ -58,6 +58,15 @@ def plugin_lines(config: RunConfig, checkpoint: Checkpoint | None) -> tuple[list
     return learned, asked.notes(asked.build_model(config.tree))
 
 
+def compute_lines(network: Any, level: str) -> list[str]:
+    """How the network will compute: the attention that is really used, and the precision."""
+    device = "Ascend" if on_ascend() else "CPU"
+    attention = attention_in_use(
+        network.attention_type, device, is_half(level), network.num_head_channels
+    )
+    return [f"attention   {attention}", f"precision   {level}, {PRECISIONS[level]}"]
+
+
 def start_lines(
     trainer: Trainer, optimizer: Optimizer, checkpoint: Checkpoint | None, source: Source | None
 ) -> list[str]:
@@ -66,20 +75,13 @@ def start_lines(
     source: the weights the run starts from, None where it begins untrained or resumes.
     """
     config, dataset = trainer.config, trainer.dataset
-    attention = attention_in_use(
-        trainer.parts.cell.attention_type,
-        "Ascend" if on_ascend() else "CPU",
-        is_half(config.train.ms_amp_level),
-        trainer.parts.cell.num_head_channels,
-    )
     trained = sum(parameter.size for parameter in trainer.parts.trained)
     lines = [
         f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
         *(f"            {line}" for line in trainer.hooks.describe()),
         f"objective   {trainer.model.preconditioning.name}",
         f"network     {trained:,} parameters trained",
-        f"attention   {attention}",
-        f"precision   {config.train.ms_amp_level}, {PRECISIONS[config.train.ms_amp_level]}",
+        *compute_lines(trainer.parts.cell, config.train.ms_amp_level),
     ]
     if source is not None:
         lines += weight_lines(source, trainer.model)

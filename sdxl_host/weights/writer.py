@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_host.disk import sync_folder, write_new
 from sdxl_host.errors import DataError
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
@@ -266,9 +267,9 @@ def _aside(target: Path, total: int) -> Iterator[Path]:
         yield partial
         if partial.is_dir():
             for inner in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-                _sync(inner)
+                sync_folder(inner)
         os.replace(partial, target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise DataError(
             f"{target}: can't be written ({error.strerror or error}); nothing was left behind; "
@@ -355,20 +356,13 @@ def _write_config(folder: Path, key: str, config: Mapping[str, Any]) -> None:
     elif key.startswith("tokenizer"):
         _write_json(folder / key / "tokenizer_config.json", config)
         for name in _TOKENIZER_FILES:
-            _write(folder / key / name, (_TOKENIZER / name).read_bytes())
+            write_new(folder / key / name, (_TOKENIZER / name).read_bytes())
     else:
         _write_json(folder / key / "config.json", config)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_new(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 
 def _remove(path: Path) -> None:
@@ -376,14 +370,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gigabytes(count: int) -> str:
