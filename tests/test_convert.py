@@ -301,7 +301,7 @@ def test_a_trained_model_without_an_autoencoder_is_refused(here, capsys):
     from sdxl_host.config import load
     from sdxl_host.training.trainer import Trainer
 
-    words = ["--config", str(Path(__file__).parent / "nano.yaml"), "--save_path", "runs"]
+    words = ["--config", "tiny.yaml", "--save_path", "runs"]
     words += ["--plugins", "edm,lpw", "--edm_sigma_data", "0.7"]
     trainer = Trainer(load(words), say=lambda line: None)
     trainer.run()

@@ -28,7 +28,7 @@ from sdxl_host.diffusion.distributions import DiscreteDistribution, Distribution
 from sdxl_host.diffusion.schedule import Schedule
 from sdxl_host.errors import PluginError
 
-NANO = str(Path(__file__).parent / "nano.yaml")
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 _DENOISER = "model.params.denoiser_config.params"
 V = [f"{_DENOISER}.{part}_config.target=sdxl_host.V{part.title()}" for part in
      ("scaling", "weighting")]  # fmt: skip
@@ -38,7 +38,7 @@ SCHEDULE = Schedule.scaled_linear()
 
 
 def read(*words: str) -> RunConfig:
-    return load(["--config", NANO, *words])
+    return load(["--config", TINY, *words])
 
 
 def both(*words: str) -> tuple[Curve, Curve]:
@@ -300,7 +300,7 @@ class Fake:
 def test_a_model_that_only_a_plugin_can_build_has_curves(site) -> None:
     """The host can't build it, so before is the plugin's own model."""
     site.add("maker", source=CLAIMS_MODEL)
-    before, after = both("--plugins", "maker", "--weight", NANO, "model.target=none.Such")
+    before, after = both("--plugins", "maker", "--weight", TINY, "model.target=none.Such")
     assert before.p[500:].sum() == pytest.approx(1.0)
     assert after.is_like(before)
 

@@ -177,7 +177,7 @@ def test_a_run_longer_than_its_cycles_is_refused_at_its_place(tmp_path, device):
     from sdxl_host.training.trainer import Trainer
 
     params = "{warm_up_steps: [1], cycle_lengths: [2], f_start: [0], f_max: [1], f_min: [0]}"
-    words = ["--config", str(Path(__file__).parent / "nano.yaml"), "--save_path", str(tmp_path)]
+    words = ["--config", "tiny.yaml", "--save_path", str(tmp_path)]
     words += ["optim.scheduler_config.target=sdxl_host.LambdaLinearScheduler"]
     with pytest.raises(ConfigError, match=r"^optim\.scheduler_config\.params: .*after 2 updates"):
         Trainer(load([*words, f"optim.scheduler_config.params={params}"]))

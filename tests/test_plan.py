@@ -29,7 +29,7 @@ from sdxl_host.planning import Recorder, caption_lengths, memory, model_parts
 from sdxl_host.prompts import Encoders
 from sdxl_host.provenance import commented_yaml, origins
 
-NANO = str(Path(__file__).parent / "nano.yaml")
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 SDXL = "configs/training/sd_xl_base_finetune_910b.yaml"
 FILES = ["config.yaml", "curves.csv", "curves.png"]
 
@@ -44,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan(*words: str) -> int:
-    return main(["plan", "--config", NANO, *words])
+    return main(["plan", "--config", TINY, *words])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -69,7 +69,7 @@ def pictures(folder: Path, captions: dict[str, str]) -> Path:
 
 def known(*words: str) -> tuple[RunConfig, dict[str, str]]:
     """The config and its origins by dotted key."""
-    words = ("--config", NANO, *words)
+    words = ("--config", TINY, *words)
     config = load(words)
     return config, {".".join(place): origin for place, origin in origins(words, config).items()}
 
@@ -79,7 +79,7 @@ def test_each_layer_is_told_by_its_name() -> None:
         "--plugins", "snr", "--lpw", "--seed", "7", "--snr_gamma=3", "--data_path", "",
         "optim.base_learning_rate=1e-5", "train.sample_steps=2",
     )  # fmt: skip
-    assert found["model.params.network_config.params.model_channels"] == "nano.yaml"
+    assert found["model.params.network_config.params.model_channels"] == "tiny.yaml"
     assert found["train.log_interval"] == "default"
     assert found["train.seed"] == "--seed"
     assert found["optim.base_learning_rate"] == "override"
@@ -112,7 +112,7 @@ def test_a_flag_that_says_what_the_file_says_is_still_where_it_comes_from() -> N
     _, found = known("--per_batch_size", "2", "data.total_step=3")
     assert found["data.per_batch_size"] == "--per_batch_size"
     assert found["data.total_step"] == "override"
-    assert found["data.shuffle"] == "nano.yaml"
+    assert found["data.shuffle"] == "tiny.yaml"
 
 
 def test_a_flag_goes_before_an_override() -> None:
@@ -128,16 +128,16 @@ def test_overrides_into_lists_and_of_mappings() -> None:
         "model.params.network_config.params.transformer_depth=[0, 1]",
     )
     assert found["data.dataset_config.params.transforms.0.params.size"] == "override"
-    assert found["data.dataset_config.params.transforms.0.target"] == "nano.yaml"
-    assert found["model.params.network_config.params.channel_mult.0"] == "nano.yaml"
+    assert found["data.dataset_config.params.transforms.0.target"] == "tiny.yaml"
+    assert found["model.params.network_config.params.channel_mult.0"] == "tiny.yaml"
     assert found["model.params.network_config.params.channel_mult.1"] == "override"
     assert found["optim.scheduler_config.params.warm_up_steps"] == "override"
-    assert found["optim.scheduler_config.target"] == "nano.yaml"
+    assert found["optim.scheduler_config.target"] == "tiny.yaml"
     assert found["model.params.network_config.params.transformer_depth.0"] == "override"
 
 
 def test_plugins_of_the_file_and_of_overrides(tmp_path: Path) -> None:
-    tree = OmegaConf.load(NANO)
+    tree = OmegaConf.load(TINY)
     tree.plugins = {"timestep-bias": {"strategy": "later"}, "snr": None}
     OmegaConf.save(tree, tmp_path / "mine.yaml")
     words = ["--config", str(tmp_path / "mine.yaml"), "plugins.snr.gamma=2",
@@ -179,7 +179,7 @@ class Fake:
 def test_options_that_a_plugin_makes_of_targets(site, tmp_path: Path) -> None:
     """Also where they are what the plugin's defaults would be."""
     site.add("twist", source=TWISTED, targets=["gm.TwistedScaling", "gm.TwistedSampling"])
-    tree = OmegaConf.load(NANO)
+    tree = OmegaConf.load(TINY)
     params = tree.model.params
     params.denoiser_config.params.scaling_config = {
         "target": "gm.TwistedScaling",
@@ -206,7 +206,7 @@ def test_without_a_config_the_packaged_one_is_named() -> None:
 def test_the_yaml_is_the_config_and_repeats_the_run(tmp_path: Path) -> None:
     """Also with values that YAML would read otherwise if they were not quoted."""
     words = [
-        "--config", NANO, "--plugins", "snr,lpw", "optim.base_learning_rate=1e-5",
+        "--config", TINY, "--plugins", "snr,lpw", "optim.base_learning_rate=1e-5",
         "--sample_prompts", '["a: b # c", "yes", "two\\nlines", "\\u00fc", ""]',
         "--negative_prompt", "one\ntwo: [3] \x7f",
     ]  # fmt: skip
@@ -220,7 +220,7 @@ def test_the_yaml_is_the_config_and_repeats_the_run(tmp_path: Path) -> None:
 
 
 def test_comments_are_aligned_and_stand_behind_every_value() -> None:
-    words = ["--config", NANO, "--plugins", "snr", "--seed", "3"]
+    words = ["--config", TINY, "--plugins", "snr", "--seed", "3"]
     config = load(words)
     lines = commented_yaml(config, origins(words, config)).splitlines()
     parts = [line.partition("  # ") for line in lines]
@@ -417,7 +417,7 @@ def test_parts_of_a_small_model_are_counted_and_not_made(device: str) -> None:
     from sdxl_host.assembly import make_parts
     from sdxl_host.weights.names import single_file_parameters
 
-    config = load(["--config", NANO])
+    config = load(["--config", TINY])
     model = make_hooks(config).build_model(config.tree)
     parts = model_parts(model)
     assert [part.name for part in parts] == ["network", "text encoder 1", "text encoder 2"]
@@ -435,7 +435,7 @@ def test_parts_of_a_small_model_are_counted_and_not_made(device: str) -> None:
 
 
 def changed(change: Any, trainable: Any = None) -> DiffusionModel:
-    config = load(["--config", NANO])
+    config = load(["--config", TINY])
     model = make_hooks(config).build_model(config.tree)
     return model.with_network(change, trainable)
 
@@ -562,7 +562,7 @@ def test_the_whole_of_a_plan(device: str, here: Path, capsys) -> None:
     assert sorted(path.name for path in (here / "plan").iterdir()) == FILES
     written = (here / "plan" / "config.yaml").read_text("utf-8")
     assert text.startswith(written)
-    assert load(["--config", "plan/config.yaml"]).tree == load(["--config", NANO, *words]).tree
+    assert load(["--config", "plan/config.yaml"]).tree == load(["--config", TINY, *words]).tree
 
 
 def test_the_attention_is_that_of_network_device_and_precision(
@@ -587,7 +587,7 @@ def test_the_table_of_numbers_is_the_curves(device: str, here: Path) -> None:
     assert plan(*words, "--out", "new/folder") == 0
     with open(here / "new" / "folder" / "curves.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    config = load(["--config", NANO, *words])
+    config = load(["--config", TINY, *words])
     before, after = curves(make_hooks(config), config.tree)
     assert [int(row["timestep"]) for row in rows] == list(range(1000))
     for name, values in (
@@ -734,7 +734,7 @@ def test_errors_are_one_line_and_leave_nothing(
 def test_weights_are_named_and_not_read(
     device: str, here: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load(["--config", NANO])
+    config = load(["--config", TINY])
     parts = model_parts(make_hooks(config).build_model(config.tree))
     shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
     arrays = {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
@@ -779,7 +779,7 @@ def test_a_run_that_goes_on_is_planned_with_its_plugins_state(
 
     site.add("grow", source=STATEFUL)
     words = ["--plugins", "grow", "--save_path", "runs", "--save_path_with_time", "False"]
-    Trainer(load(["--config", NANO, *words, "--total_step", "1"]), lambda line: None).run()
+    Trainer(load(["--config", TINY, *words, "--total_step", "1"]), lambda line: None).run()
     before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
     assert plan(*words, "--resume", "latest") == 0
     text = capsys.readouterr().out

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from sdxl_host.config import RunConfig, load
 from sdxl_host.errors import ConfigError, PluginError
 
-NANO = Path(__file__).parent / "nano.yaml"
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 SOURCE = """
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ def twisted(site) -> Any:
 
 
 def config(tmp_path: Path, scaling: Any = None, sampler: Any = None, **plugins: Any) -> str:
-    """The nano config with these nodes in the two slots."""
-    tree = OmegaConf.load(NANO)
+    """The tiny config with these nodes in the two slots."""
+    tree = OmegaConf.load(TINY)
     tree.plugins = plugins
     for place, node in ((_SCALING, scaling), (_SAMPLER, sampler)):
         if node is not None:

@@ -1,7 +1,7 @@
 """Mixed precision: the types that cells compute in, the loss scale, and runs at O2 beside O0.
 
 Steps are eager but for one compiled step. A float16 operator takes milliseconds on CPU however
-small it is, so the runs use fewer layers than nano.yaml.
+small it is, so the runs use fewer layers than tiny.yaml.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sdxl_host.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 
-NANO = str(Path(__file__).parent / "nano.yaml")
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 BATCH, CHANNELS, SIDE = 2, 2, 4
 # With so large an epsilon an update grows with the gradient, as a wrong scale would show.
 OPTIMIZER = AdamW(eps=0.1, weight_decay=0.1)
@@ -161,11 +161,11 @@ def test_what_each_cell_of_the_network_computes_in(level):
 
 
 def test_the_level_is_a_setting():
-    assert load(["--config", NANO]).train.ms_amp_level == "O0"
+    assert load(["--config", TINY]).train.ms_amp_level == "O0"
     for level in PRECISIONS:
-        assert load(["--config", NANO, "--ms_amp_level", level]).train.ms_amp_level == level
+        assert load(["--config", TINY, "--ms_amp_level", level]).train.ms_amp_level == level
     with pytest.raises(ConfigError, match=r"ms_amp_level.*O1"):
-        load(["--config", NANO, "--ms_amp_level", "O1"])
+        load(["--config", TINY, "--ms_amp_level", "O1"])
 
 
 # ---- what the scale leaves as it is
@@ -375,9 +375,9 @@ SMALLER = [f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.transformer_depth=[1]", "-
 
 
 def train(folder: Path, *arguments: str) -> tuple[Trainer, list[str]]:
-    """A run of nano.yaml with one level and one transformer; the trainer and what it said."""
+    """A run of tiny.yaml with one level and one transformer; the trainer and what it said."""
     said: list[str] = []
-    words = ["--config", NANO, "--plugins=none", *SMALLER, f"--save_path={folder}", *arguments]
+    words = ["--config", TINY, "--plugins=none", *SMALLER, f"--save_path={folder}", *arguments]
     made = Trainer(load(words), say=said.append)
     made.run()
     return made, said

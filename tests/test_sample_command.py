@@ -15,12 +15,12 @@ from sdxl_host.diffusion.preconditioning import EpsPreconditioning
 from sdxl_host.sampling.restore import restore_sampler
 from sdxl_host.training.trainer import Trainer
 
-NANO = str(Path(__file__).parent / "nano.yaml")
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 
 
 def trained(folder: Path, *arguments: str) -> Path:
     """The checkpoint of a run of three steps."""
-    words = ["--config", NANO, "--save_path", str(folder), "optim.base_learning_rate=0.01"]
+    words = ["--config", TINY, "--save_path", str(folder), "optim.base_learning_rate=0.01"]
     trainer = Trainer(load([*words, *arguments]), say=lambda line: None)
     trainer.run()
     return trainer.save_path / "checkpoints" / "latest"
@@ -116,7 +116,7 @@ def test_weights_draw_what_their_checkpoint_draws(plain: Path, tmp_path: Path, c
     """The same picture, where the same is said: the checkpoint knows the pictures' typical size."""
     words = ["--prompt", "an owl", "--steps", "2", "--out"]
     assert sample(plain, *words, str(tmp_path / "a.png")) == 0
-    weight = ["--weight", str(plain), "--config", NANO]
+    weight = ["--weight", str(plain), "--config", TINY]
     told = ["--original_size", "64x64"]
     assert main(["sample", *weight, *told, *words, str(tmp_path / "b.png")]) == 0
     said = capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_a_size_given_with_weights_is_the_original_size_too(
     plain: Path, tmp_path: Path, capsys
 ) -> None:
     """Unless that is given as well."""
-    words = ["--weight", str(plain), "--config", NANO, "--prompt", "x", "--steps", "1"]
+    words = ["--weight", str(plain), "--config", TINY, "--prompt", "x", "--steps", "1"]
     sizes = ["--size", "16x32"], ["--size", "16x32", "--original_size", "16x32"]
     for name, flags in zip("ab", sizes, strict=True):
         assert main(["sample", *words, *flags, "--out", str(tmp_path / f"{name}.png")]) == 0
@@ -181,7 +181,7 @@ def test_what_the_model_can_not_take_is_refused(
 
 def test_weights_with_other_heads_are_refused(plain: Path, tmp_path: Path, capsys) -> None:
     """Names and shapes are the same; what is computed would not be."""
-    words = ["--weight", str(plain), "--config", NANO, "--prompt", "x"]
+    words = ["--weight", str(plain), "--config", TINY, "--prompt", "x"]
     for key, place in (
         ("network_config.params.num_head_channels", "16"),
         ("conditioner_config.params.emb_models[1].params.heads", "4"),
@@ -192,7 +192,7 @@ def test_weights_with_other_heads_are_refused(plain: Path, tmp_path: Path, capsy
 
 
 def test_plugins_are_given_to_weights_as_to_training(edm: Path, tmp_path: Path, capsys) -> None:
-    weight = ["--weight", str(edm), "--config", NANO, "--prompt", "x", "--steps", "1"]
+    weight = ["--weight", str(edm), "--config", TINY, "--prompt", "x", "--steps", "1"]
     out = ["--out", str(tmp_path / "a.png")]
     assert main(["sample", *weight, *out, "--plugins", "edm", "--edm_sigma_data", "0.7"]) == 0
     assert "objective   edm, spacing karras" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from sdxl_host.config import load, restore
 from sdxl_host.errors import ConfigError, DataError, HostError, PluginError
 from sdxl_host.training.trainer import Trainer
 
-NANO = str(Path(__file__).parent / "nano.yaml")
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 PLUGINS = ("edm", "lpw", "snr", "timestep_bias")
 # Makes the bias one that three small steps can't miss; alone it selects nothing.
 BIAS = ["plugins.timestep_bias.strategy=later", "plugins.timestep_bias.multiplier=8"]
@@ -30,10 +30,10 @@ Train = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def train(device: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Runs `sdxl-host train --config nano.yaml ARGUMENTS` in this process; gives its folder."""
+    """Runs `sdxl-host train --config tiny.yaml ARGUMENTS` in this process; gives its folder."""
 
     def run(*arguments: str) -> Path:
-        words = ["--config", NANO, *arguments]
+        words = ["--config", TINY, *arguments]
         if not any(word.startswith("--save_path") for word in arguments):
             words += ["--save_path", str(tmp_path_factory.mktemp("runs"))]
         trainer = Trainer(load(words), say=lambda line: None)
@@ -158,14 +158,14 @@ def test_long_captions_are_cut_off_without_lpw_and_read_with_it(
 ) -> None:
     """The captions differ after 77 tokens only: without the plugin they are one caption."""
     trainer = Trainer(
-        load(["--config", NANO, "--plugins", "none", "--save_path", str(long_captions / "r")]),
+        load(["--config", TINY, "--plugins", "none", "--save_path", str(long_captions / "r")]),
         say=lambda line: None,
     )
     captions = [file.read_text() for file in sorted(long_captions.glob("*.txt"))]
     plain = trainer.hooks.encode_prompt(captions, trainer.model.encoders).context
     assert (plain == plain[:1]).all()
     longer = Trainer(
-        load(["--config", NANO, "--plugins", "lpw", "--save_path", str(long_captions / "s")]),
+        load(["--config", TINY, "--plugins", "lpw", "--save_path", str(long_captions / "s")]),
         say=lambda line: None,
     )
     context = longer.hooks.encode_prompt(captions, longer.model.encoders).context
@@ -198,14 +198,14 @@ def test_the_commands_of_the_training_guide_run(
 def test_an_idle_option_is_named_and_not_refused(device: str, tmp_path: Path) -> None:
     said: list[str] = []
     words = "--timestep_bias_multiplier 2 --timestep_bias_strategy range --timestep_bias_end 500"
-    Trainer(load(["--config", NANO, *words.split(), "--save_path", str(tmp_path)]), say=said.append)
+    Trainer(load(["--config", TINY, *words.split(), "--save_path", str(tmp_path)]), say=said.append)
     assert any("portion" in line and "no effect" in line for line in said)
 
 
 def test_the_start_says_who_does_what(device: str, tmp_path: Path) -> None:
     said: list[str] = []
     Trainer(
-        load(["--config", NANO, "--plugins", "edm,snr", "--save_path", str(tmp_path)]),
+        load(["--config", TINY, "--plugins", "edm,snr", "--save_path", str(tmp_path)]),
         say=said.append,
     )
     text = "\n".join(said)
