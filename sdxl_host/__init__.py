@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdxl_host.model import DiffusionModel, Sampling
     from sdxl_host.options import option
     from sdxl_host.prompts import Encoders, PromptEmbedding, encode_plain
+    from sdxl_host.training.result import StepResult, TrainerView
 
 _HOME = {
     "DiffusionModel": "sdxl_host.model",
@@ -31,6 +32,8 @@ _HOME = {
     "PromptEmbedding": "sdxl_host.prompts",
     "Sampling": "sdxl_host.model",
     "Schedule": "sdxl_host.diffusion.schedule",
+    "StepResult": "sdxl_host.training.result",
+    "TrainerView": "sdxl_host.training.result",
     "encode_plain": "sdxl_host.prompts",
     "hookimpl": "sdxl_host.hookspecs",
     "option": "sdxl_host.options",
@@ -47,6 +50,8 @@ __all__ = [
     "PromptEmbedding",
     "Sampling",
     "Schedule",
+    "StepResult",
+    "TrainerView",
     "encode_plain",
     "hookimpl",
     "option",

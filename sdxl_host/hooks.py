@@ -364,10 +364,13 @@ class Hooks:
         weights = result.astype(np.float64)
         if weights.shape != noise.sigma.shape:
             raise ValueError(f"an array of shape {weights.shape}, not {noise.sigma.shape}")
-        if not np.isfinite(weights).all():
-            raise ValueError(f"weights that are not finite (sigma {noise.sigma}: {weights})")
-        if (weights < 0).any():
-            raise ValueError(f"negative weights (sigma {noise.sigma}: {weights})")
+        for fault, where in (
+            ("weights that are not finite", ~np.isfinite(weights)),
+            ("negative weights", weights < 0),
+        ):
+            if where.any():
+                first = int(where.argmax())
+                raise ValueError(f"{fault} ({weights[first]:g} at sigma {noise.sigma[first]:.4g})")
         return weights
 
     def _check_encode_prompt(self, result: Any, source: str, prompts: Any, encoders: Any) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import itertools
 import os
 import socket
+import subprocess
 import sys
+import tokenize
+import venv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,6 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _COUNTER = itertools.count()
 GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+PACKAGES = (".", *sorted(f"plugins/{p.name}" for p in (ROOT / "plugins").glob("sdxl_*")))
 
 PLUGIN_SOURCE = """
 from sdxl_host import hookimpl
@@ -109,6 +115,33 @@ def device() -> str:
     from sdxl_host.device import prepare_device
 
     return prepare_device("CPU")
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheels of the host and of the four plugins."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*command, "--wheel-dir", str(folder), *PACKAGES], cwd=ROOT, check=True, timeout=300
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment with `sdxl-host[edm,snr]` from the wheels.
+
+    Whoever installs more into it removes that again.
+    """
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(folder, with_pip=True)
+    programs = folder / "bin"
+    command = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run(
+        [*command, "--find-links", str(dist), "sdxl-host[edm,snr]"], check=True, timeout=900
+    )
+    return programs
 
 
 @pytest.fixture
@@ -238,6 +271,49 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     yield found
     for module in found.modules:
         sys.modules.pop(module, None)
+
+
+def count_code_lines(file: Path) -> int:
+    """Lines of a module that hold code, not a docstring, a comment or nothing."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documented = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+            text = node.body[0]
+            documented |= set(range(text.lineno, (text.end_lineno or text.lineno) + 1))
+    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    with open(file, "rb") as stream:
+        tokens = [t for t in tokenize.tokenize(stream.readline) if t.type not in blank and t.string]
+    held = {line for t in tokens[1:] for line in range(t.start[0], t.end[0] + 1)}
+    return len(held - documented)
+
+
+def find_hidden_imports(file: Path) -> list[str]:
+    """What a module imports of the host that is not public: `import sdxl_host`, a module of it, or
+    a name that it does not list."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.partition(".")[0] == "sdxl_host"]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names = [alias.name for alias in node.names]
+            if module.partition(".")[0] == "sdxl_host":
+                public = sdxl_host.__all__ if module == "sdxl_host" else ()
+                found += [f"{module}.{name}" for name in names if name not in public]
+    return found
+
+
+@pytest.fixture(scope="session")
+def code_lines() -> Callable[[Path], int]:
+    """`count_code_lines`, for a limit on a plugin's size."""
+    return count_code_lines
+
+
+@pytest.fixture(scope="session")
+def hidden_imports() -> Callable[[Path], list[str]]:
+    """`find_hidden_imports`, of which a plugin has none."""
+    return find_hidden_imports
 
 
 @pytest.fixture

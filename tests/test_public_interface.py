@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sdxl_host
-from sdxl_host import hookspecs
+from sdxl_host import hookspecs, testing
 from sdxl_host.options import option
 
 ROOT = Path(sdxl_host.__file__).parents[1]
@@ -31,10 +31,22 @@ PUBLIC_NAMES = [
     "PromptEmbedding",
     "Sampling",
     "Schedule",
+    "StepResult",
+    "TrainerView",
     "encode_plain",
     "hookimpl",
     "option",
 ]
+
+TESTING_NAMES = [
+    "PluginContract",
+    "TinyRun",
+    "noise_levels",
+    "tiny_encoders",
+    "tiny_model",
+    "tiny_run",
+]
+CONTRACT_ATTRIBUTES = ["plugin", "options", "steps", "pairings"]
 
 # Arguments may be added at the end, never removed or renamed.
 HOOK_ARGUMENTS = {
@@ -118,6 +130,28 @@ def test_every_public_name_is_listed_and_kept(name: str):
 def test_any_other_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'sdxl_host' has no attribute 'nothing'"):
         _ = sdxl_host.nothing
+    with pytest.raises(AttributeError, match=r"module 'sdxl_host\.testing' has no attribute 'no'"):
+        _ = testing.no
+
+
+def test_the_public_names_for_tests_are_these():
+    assert testing.__all__ == TESTING_NAMES
+    assert set(TESTING_NAMES) <= set(dir(testing))
+    assert all(getattr(testing, name) is getattr(testing, name) for name in TESTING_NAMES)
+
+
+def test_what_a_contract_states_and_tiny_run_takes():
+    assert set(CONTRACT_ATTRIBUTES) <= set(vars(testing.PluginContract))
+    assert list(inspect.signature(testing.tiny_run).parameters)[:6] == [
+        "plugins",
+        "folder",
+        "steps",
+        "seed",
+        "options",
+        "resume",
+    ]
+    names = [field.name for field in dataclasses.fields(testing.TinyRun)]
+    assert names == ["losses", "metrics", "checkpoint", "save_path", "lines"]
 
 
 # ---- what an import costs
@@ -146,6 +180,7 @@ def loaded_after(code: str) -> set[str]:
         "from sdxl_host import option",
         "from sdxl_host import PluginError",
         "from sdxl_host import hookimpl, option, PluginError",
+        "import sdxl_host.testing.fixtures",
         "import sdxl_host.hooks, sdxl_host.hookspecs, sdxl_host.options, sdxl_host.plugins",
     ],
 )
@@ -158,6 +193,7 @@ def test_declaring_a_plugin_loads_neither_numpy_nor_mindspore(code: str):
     [
         "from sdxl_host import *",
         "import sdxl_host.diffusion.objective, sdxl_host.prompts, sdxl_host.model",
+        "from sdxl_host.testing import *",
     ],
 )
 def test_the_public_interface_loads_no_mindspore(code: str):
@@ -386,6 +422,16 @@ def test_plugins_import_the_public_names_and_no_mindspore(path: Path):
 )
 def test_nothing_is_pickled(path: Path):
     assert unpickles(parsed(path)) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in modules(HOST) if (HOST / "testing") not in path.parents],
+    ids=relative,
+)
+def test_the_host_imports_neither_its_testing_nor_pytest(path: Path):
+    tree = parsed(path)
+    assert imports_of(tree, "sdxl_host.testing") == imports_of(tree, "pytest") == []
 
 
 def test_relative_imports_are_not_used():

@@ -1,0 +1,166 @@
+"""Runs of seconds of configs/tiny.yaml: eager, in this process, with the plugins named alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import importlib_metadata
+
+from sdxl_host import plugin_targets
+from sdxl_host import plugins as plugin_packages
+from sdxl_host.config import RunConfig, find_config, load, read_yaml
+from sdxl_host.plugins import normalize
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdxl_host.training.trainer import Trainer
+
+__all__ = ["TinyRun", "only", "tiny_config", "tiny_run"]
+
+TINY = "tiny.yaml"
+SEED = 42
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """What a run left.
+
+    losses: of each step in metrics.jsonl. metrics: that file. checkpoint: the last one's folder.
+    save_path: the run's folder. lines: what was said.
+    """
+
+    losses: list[float]
+    metrics: bytes
+    checkpoint: Path
+    save_path: Path
+    lines: tuple[str, ...]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The network's parameters in the last checkpoint, by name."""
+        from sdxl_host.weights import files
+
+        return files.read(self.checkpoint / "network.safetensors")
+
+
+@contextmanager
+def only(names: Sequence[str]) -> Iterator[None]:
+    """Discovery sees the plugins `names`, where they are installed, and no other."""
+    seen = {normalize(name) for name in names}
+    everything = importlib_metadata.entry_points
+
+    def entry_points(**selection: Any) -> importlib_metadata.EntryPoints:
+        found = everything(**selection)
+        known = everything(group=plugin_packages.GROUP)
+        packages = {_package(entry) for entry in known if normalize(entry.name) in seen}
+        return importlib_metadata.EntryPoints(
+            entry
+            for entry in found
+            if (entry.group != plugin_packages.GROUP or normalize(entry.name) in seen)
+            and (entry.group != plugin_targets.GROUP or _package(entry) in packages)
+        )
+
+    importlib_metadata.entry_points = entry_points
+    try:
+        yield
+    finally:
+        importlib_metadata.entry_points = everything
+
+
+def _package(entry: importlib_metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else ""
+
+
+def tiny_config(
+    plugins: Sequence[str],
+    *,
+    folder: Path,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    flags: Sequence[str] = (),
+    visible: Sequence[str] | None = None,
+) -> RunConfig:
+    """The settings of a tiny run; `tiny_run` says what the arguments mean. No MindSpore.
+
+    flags: arguments as for `sdxl-host train`.
+    """
+    given = options or {}
+    tree = read_yaml(find_config(TINY))
+    tree.plugins = {name: dict(given.get(name, {})) for name in plugins}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / TINY
+    file.write_text(_yaml(tree), "utf-8")
+    fixed = ["--save_path", str(folder / "run"), "--save_path_with_time", "False"]
+    with only(plugins if visible is None else visible):
+        return load(["--config", str(file), *fixed, *flags])
+
+
+def _yaml(tree: Any) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(tree)
+
+
+def tiny_run(
+    plugins: Sequence[str] = (),
+    *,
+    folder: Path,
+    steps: int = 3,
+    seed: int = SEED,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    resume: Path | None = None,
+    save_every: int = 1000,
+    visible: Sequence[str] | None = None,
+    prepare: Callable[[Trainer], None] | None = None,
+) -> TinyRun:
+    """Trains configs/tiny.yaml for `steps` updates on the CPU, eagerly, in this process.
+
+    Discovery sees the plugins of the run and no others, whatever is installed.
+
+    Args:
+        plugins: names, in the order of --plugins. options: of each, by its name.
+        folder: an empty folder; the run is written to `folder/run`.
+        resume: a checkpoint's folder; its run is copied into `folder` first and goes on there, so
+            that the one it came from stays as it is.
+        save_every: steps between checkpoints; the last step always has one.
+        visible: names that discovery sees, where that shall differ from `plugins`.
+        prepare: called with the trainer before its first step.
+
+    Raises HostError as `sdxl-host train` does.
+    """
+    _device()
+    flags = ["--total_step", str(steps), "--seed", str(seed), "--guidance_scale", "1"]
+    flags += ["--save_ckpt_interval", str(save_every)]
+    if resume is not None:
+        run = resume.resolve().parent.parent
+        shutil.copytree(run, folder / "run", symlinks=True)
+        flags += ["--resume", str(folder / "run" / "checkpoints" / resume.resolve().name)]
+    config = tiny_config(plugins, folder=folder, options=options, flags=flags, visible=visible)
+    from sdxl_host.training.trainer import Trainer
+
+    lines: list[str] = []
+    trainer = Trainer(config, lines.append)
+    if prepare is not None:
+        prepare(trainer)
+    trainer.run()
+    metrics = (trainer.save_path / "metrics.jsonl").read_bytes()
+    return TinyRun(
+        losses=[json.loads(line)["loss"] for line in metrics.splitlines()],
+        metrics=metrics,
+        checkpoint=(trainer.save_path / "checkpoints" / "latest").resolve(),
+        save_path=trainer.save_path,
+        lines=tuple(lines),
+    )
+
+
+@cache
+def _device() -> str:
+    from sdxl_host.device import prepare_device
+
+    return prepare_device("CPU")
