@@ -17,6 +17,8 @@ _COMMANDS = {
     "sample": "draw pictures from a checkpoint",
     "convert": "write weights in another format or precision",
     "plugins": "list the installed plugins",
+    "new-plugin": "write the package of a new plugin, ready to install and test",
+    "doctor": "look at this machine and installation, and say what to mend",
 }
 
 
@@ -67,6 +69,14 @@ def _dispatch(words: list[str]) -> int:
         from sdxl_host.commands.plugins import plugins
 
         return plugins(rest)
+    if command == "new-plugin":
+        from sdxl_host.commands.new_plugin import new_plugin
+
+        return new_plugin(rest)
+    if command == "doctor":
+        from sdxl_host.commands.doctor import doctor
+
+        return doctor(rest)
     from sdxl_host.errors import ConfigError, did_you_mean
 
     raise ConfigError(
@@ -82,7 +92,7 @@ def _help() -> str:
         "Fine-tune Stable Diffusion XL with MindSpore; what is learned is a matter of plugins.",
         "",
         "commands:",
-        *(f"  {name:<9} {text}" for name, text in _COMMANDS.items()),
+        *(f"  {name:<11} {text}" for name, text in _COMMANDS.items()),
         "",
         "sdxl-host COMMAND --help tells more; sdxl-host --version gives the version.",
     ]

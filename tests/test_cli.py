@@ -120,7 +120,8 @@ def test_the_help_of_train_names_every_flag(site, capsys):
         (["trian"], "trian: there is no such command (did you mean train?)"),
         (
             ["zzz"],
-            "zzz: there is no such command (commands: train, plan, sample, convert, plugins)",
+            "zzz: there is no such command (commands: train, plan, sample, convert, plugins, "
+            "new-plugin, doctor)",
         ),
         (["--verbose"], "--verbose: there is no such command"),
         (["plugins", "--chekc"], "unrecognized arguments: --chekc; sdxl-host plugins --help"),
@@ -287,6 +288,18 @@ def checked(site, monkeypatch):
     return site
 
 
+HELPLESS = """
+from dataclasses import dataclass
+from sdxl_host import hookimpl
+class Fake:
+    @dataclass
+    class Options:
+        size: int = 3
+    @hookimpl
+    def on_step_end(self): pass
+"""
+
+
 def rows(capsys, *words: str, code: int = 0) -> dict[str, dict]:
     capsys.readouterr()
     assert main(["plugins", *words, "--json"]) == code
@@ -346,11 +359,15 @@ def test_check_shows_hooks_and_options(checked, capsys):
         ("class Fake: pass", "implements no hook"),
         ("import os\nos._exit(3)", "broken"),
         ("import torch\nclass Fake: pass", "importing it imports torch"),
+        ("import torch, scipy\nclass Fake: pass", "importing it imports torch, scipy"),
+        (HELPLESS, "its option size has no help"),
+        ("print('{}')\nraise RuntimeError('after words')", "RuntimeError: after words"),
     ],
 )
 def test_check_names_what_is_at_fault_and_ends_with_2(checked, capsys, source, cause):
     """One at fault hides none of the others."""
-    (checked.folder / "torch.py").write_text("")  # stands for the real one, which is slow
+    for name in ("torch", "scipy"):  # they stand for the real ones, which are slow
+        (checked.folder / f"{name}.py").write_text("")
     checked.add("ash", SIZE)
     checked.add("oak", source=source)
     found = rows(capsys, "--check", code=2)
@@ -370,6 +387,13 @@ def test_check_refuses_a_plugin_that_imports_mindspore(checked, capsys, make_sou
 def test_check_says_again_what_metadata_alone_shows(checked, capsys):
     checked.add("oak", SIZE, requires="")
     assert "does not say which versions" in rows(capsys, "--check", code=2)["oak"]["state"]
+
+
+def test_check_asks_for_both_version_bounds(checked, capsys):
+    """A run takes a plugin that states one of them, so the list without --check does too."""
+    checked.add("oak", SIZE, requires="sdxl-host>=0.1")
+    assert rows(capsys)["oak"]["state"] == "ok"
+    assert "no upper bound" in rows(capsys, "--check", code=2)["oak"]["state"]
 
 
 def test_check_of_two_packages_with_one_name(checked, capsys):
