@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PACKAGES := -e . -e plugins/sdxl_edm -e plugins/sdxl_snr -e plugins/sdxl_timestep_bias -e plugins/sdxl_lpw
+EXAMPLES := $(patsubst %,-e %,$(patsubst %/pyproject.toml,%,$(wildcard examples/plugins/*/pyproject.toml)))
 MANIFESTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
 .PHONY: demo test parity soak lint clean
@@ -27,6 +28,9 @@ parity: $(VENV)/ready-dev $(VENV)-parity/ready  ## our networks against diffuser
 	  $(VENV)-parity/bin/python tests/parity/check_export.py $$ours/folder \
 	    $$ours/single.safetensors build/parity/pipeline $$ours/expected.npz; \
 	done
+	$(VENV)/bin/python tests/parity/train_lora.py build/parity/pipeline build/parity/lora
+	$(VENV)-parity/bin/python tests/parity/check_lora.py build/parity/pipeline \
+	  build/parity/lora/run/checkpoints/latest/lora.safetensors build/parity/lora/expected.npz
 
 soak: $(VENV)/ready-dev  ## the long forms of the tests
 	$(VENV)/bin/python -m pytest -m soak
@@ -44,8 +48,8 @@ $(VENV)/ready: $(VENV)/bin/python $(MANIFESTS)
 	$(PIP) install --quiet $(PACKAGES)
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
-	$(PIP) install --quiet -r requirements-dev.txt
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt $(wildcard examples/plugins/*/pyproject.toml)
+	$(PIP) install --quiet -r requirements-dev.txt $(EXAMPLES)
 	touch $@
 
 $(VENV)-parity/ready: tests/golden/requirements.txt

@@ -179,6 +179,7 @@ def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -
             _check_heads(source.architecture, model, source.description)
         files.load({**network, **frozen}, source)
     network, trained = change_network(model, network)
+    cell.recompute_blocks()
     return Parts(cell, network, frozen, trained)
 
 
@@ -192,6 +193,8 @@ def change_network(
     for change in model.changes:
         change.change(model.network)
     if model.changes:
+        # A part put in later names its parameters from itself down, and theirs would not be unique.
+        model.network.update_parameters_name()
         changed = single_file_parameters(model.network, NETWORK_PREFIX)
         gone = [name for name in network if name not in changed]
         if gone:

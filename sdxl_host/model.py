@@ -121,8 +121,11 @@ class DiffusionModel:
         """A copy whose network is changed in place by `change(network)`.
 
         change: runs once, after the base weights are loaded and before a checkpoint is restored;
-            it keeps the names of existing parameters.
+            it keeps the names of existing parameters. New ones are named by where they stand.
         trainable: given a parameter's name, whether it is trained (default: all are).
-        export: `export(parameters, folder)` writes extra files into every checkpoint.
+        export: `export(parameters, folder)` writes extra files into every checkpoint, from the
+            network's parameters by name.
+
+        Names are those of the original single file, `model.diffusion_model.input_blocks. ...`.
         """
         return replace(self, changes=(*self.changes, NetworkChange(change, trainable, export)))

@@ -172,6 +172,7 @@ class UNetModel(nn.Cell):
         self.downsampling = 2 ** (levels - 1)
         self.attention_type = spatial_transformer_attn_type
         self.num_head_channels = num_head_channels
+        self.use_recompute = use_recompute
         flash = (
             self.attention_type == "flash-attention"
             and on_ascend()
@@ -242,9 +243,6 @@ class UNetModel(nn.Cell):
         self.out = nn.SequentialCell(
             nn.GroupNorm(_GROUPS, channels), nn.SiLU(), _conv3x3(channels, out_channels)
         )
-        if use_recompute:
-            for stage in [*self.input_blocks, self.middle_block, *self.output_blocks]:
-                stage.recompute()
 
     def construct(self, x, c_noise, context, vector, mask):
         """F(x; c_noise), the network of the preconditioned denoiser.
@@ -266,6 +264,15 @@ class UNetModel(nn.Cell):
         for index, stage in enumerate(self.output_blocks):
             h = stage(ops.concat((h, skips[last - index]), axis=1), emb, context, bias)
         return self.out(h)
+
+    def recompute_blocks(self) -> None:
+        """Sets the blocks to be recomputed, where configured; after the last parameter was added.
+
+        Eagerly, MindSpore gives no gradient to what a block gets later, without a word.
+        """
+        if self.use_recompute:
+            for stage in [*self.input_blocks, self.middle_block, *self.output_blocks]:
+                stage.recompute()
 
     def zero_initialized(self) -> list[ms.Parameter]:
         """Parameters that start at 0 when trained from scratch: each residual's last layer."""

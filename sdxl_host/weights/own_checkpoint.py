@@ -10,7 +10,15 @@ from typing import Any
 
 import yaml
 
-from sdxl_host.weights.architecture import Architecture, Encoder, embedder_prefix, infer
+from sdxl_host.errors import DataError
+from sdxl_host.weights.architecture import (
+    NETWORK_PREFIX,
+    Architecture,
+    Encoder,
+    embedder_prefix,
+    infer,
+)
+from sdxl_host.weights.diffusers_names import places
 from sdxl_host.weights.metadata import (
     OBJECTIVE,
     PLUGINS,
@@ -30,7 +38,8 @@ _CONDITIONER = "conditioner."
 
 
 def open_own_checkpoint(folder: Path) -> Source:
-    """The weights of a checkpoint folder, whose files are checked. Raises DataError.
+    """The weights of a checkpoint folder, whose files are checked. Raises DataError, also where
+    plugins have added weights to the network, which no format has a place for.
 
     metadata: the objective, the plugins with their options, who encodes prompts, and the size.
     """
@@ -42,6 +51,8 @@ def open_own_checkpoint(folder: Path) -> Source:
     config: dict[str, Any] = yaml.safe_load(checkpoint.config_file.read_text("utf-8"))
     merged = _both(open_safetensors(folder / NETWORK_FILE), open_safetensors(folder / FROZEN_FILE))
     found = without_extras(merged, f"{folder} (checkpoint of step {checkpoint.step})")
+    architecture = _architecture(found.shapes, config["model"]["params"])
+    _refuse_additions(folder, checkpoint.record["hooks"]["build_model"], found.shapes, architecture)
     options: Mapping[str, Any] = config.get("plugins") or {}
     plugins = [{**each, "options": options.get(each["name"], {})} for each in checkpoint.plugins]
     chain: str = checkpoint.record["hooks"]["encode_prompt"]
@@ -61,7 +72,7 @@ def open_own_checkpoint(folder: Path) -> Source:
             **({SCHEDULER: json.dumps(scheduler)} if scheduler else {}),
             SCALE_FACTOR: str(config["model"]["params"].get("scale_factor", 1.0)),
         },
-        architecture=_architecture(found.shapes, config["model"]["params"]),
+        architecture=architecture,
     )
 
 
@@ -72,6 +83,23 @@ def _both(network: Tensors, frozen: Tensors) -> Tensors:
         dtypes={**network.dtypes, **frozen.dtypes},
         read=lambda name: (network if name in network.shapes else frozen).read(name),
     )
+
+
+def _refuse_additions(folder: Path, chain: str, shapes: Shapes, architecture: Architecture) -> None:
+    """Raises DataError where the network has more weights than the architecture.
+
+    chain: who built the model. Without the others' weights the network would compute something
+    else, and only the plugin knows how they act.
+    """
+    known = places(replace(architecture, autoencoder=None, encoders=()))
+    added = [n for n in shapes if n.startswith(NETWORK_PREFIX) and n not in known]
+    if added:
+        raise DataError(
+            f"{folder}: plugins have added {len(added):,} tensors to the network, such as "
+            f"{added[0]} (build_model: {chain}), and weights without them would be another model; "
+            "use the file that the plugin writes into the folder beside the weights that training "
+            "started from, draw with sdxl-host sample --checkpoint, or go on with --resume"
+        )
 
 
 def _architecture(shapes: Shapes, params: Mapping[str, Any]) -> Architecture:

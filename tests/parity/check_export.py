@@ -44,7 +44,10 @@ import numpy as np
 import torch
 import transformers
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders import single_file_utils
 
+# As diffusers loads where accelerate is not installed; it is there because peft needs it.
+WHOLE: dict[str, Any] = {"low_cpu_mem_usage": False}
 TOLERANCE = 1e-4  # of the largest value of an output
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -64,8 +67,9 @@ class Collector(logging.Handler):
 def watched(problems: list[str], label: str) -> Iterator[None]:
     """Adds to `problems` what goes wrong while loading.
 
-    Without accelerate, from_single_file leaves out a missing tensor without a word: it loads with
-    strict=False and looks at the unexpected ones only. So each such call is watched.
+    from_single_file leaves out a missing tensor without a word: it loads with strict=False and
+    looks at the unexpected ones only. So each such call is watched, and accelerate, which would
+    bypass it, is kept out of sight.
     """
     original = torch.nn.Module.load_state_dict
 
@@ -85,7 +89,10 @@ def watched(problems: list[str], label: str) -> Iterator[None]:
     for logger in loggers:
         logger.addHandler(collector)
     try:
-        with mock.patch.object(torch.nn.Module, "load_state_dict", load_state_dict):
+        with (
+            mock.patch.object(torch.nn.Module, "load_state_dict", load_state_dict),
+            mock.patch.object(single_file_utils, "is_accelerate_available", return_value=False),
+        ):
             yield
     finally:
         for logger in loggers:
@@ -95,13 +102,11 @@ def watched(problems: list[str], label: str) -> Iterator[None]:
 
 def load_folder(folder: Path, problems: list[str]) -> StableDiffusionXLPipeline:
     """The pipeline of a diffusers folder, each network's tensors accounted for."""
-    # What diffusers would choose, and warn of, where accelerate is not installed.
-    whole: dict[str, Any] = {"low_cpu_mem_usage": False}
     with watched(problems, "folder"):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, **whole)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, **WHOLE)
     for name in NETWORKS:
         loaded = type(getattr(pipeline, name))
-        options = whole if issubclass(loaded, diffusers.ModelMixin) else {}
+        options = WHOLE if issubclass(loaded, diffusers.ModelMixin) else {}
         _, found = loaded.from_pretrained(folder / name, output_loading_info=True, **options)
         problems += [f"folder: {name}: {key}: {what}" for key, what in found.items() if what]
     return pipeline
@@ -111,7 +116,7 @@ def load_single_file(file: Path, configs: Path, problems: list[str]) -> StableDi
     """The pipeline of a single file, whose structure is that of `configs`."""
     with watched(problems, "single file"):
         return StableDiffusionXLPipeline.from_single_file(
-            str(file), config=str(configs), local_files_only=True
+            str(file), config=str(configs), local_files_only=True, **WHOLE
         )
 
 

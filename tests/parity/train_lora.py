@@ -1,0 +1,80 @@
+"""Trains adapters on a diffusers folder's weights, and writes what the U-Net computes with them.
+
+    python tests/parity/train_lora.py PIPELINE OUT
+
+PIPELINE is what make_pipeline.py wrote. OUT gets `run/`, three steps of the plugins lora, edm and
+snr, and `expected.npz` with the keys that check_lora.py lists. Needs examples/plugins/lora
+installed. Exit 1 where an adapter is what it was before training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from round_trip import SETTINGS
+from safetensors.numpy import load_file
+
+from sdxl_host.cli import main as command
+from sdxl_host.device import prepare_device
+from sdxl_host.prompts import PromptEmbedding
+from sdxl_host.sampling.restore import restore_sampler
+
+# A scale alpha / rank of 1.5, which a reader that leaves alpha out would not apply.
+PLUGINS = ["--plugins", "lora,edm,snr", "--lora_rank", "4", "--lora_alpha", "6"]
+
+
+def train(pipeline: Path, folder: Path) -> Path:
+    """Three steps from the pipeline's weights; the checkpoint."""
+    words = [*SETTINGS, *PLUGINS, "--weight", str(pipeline), "--save_path", str(folder)]
+    words += ["--save_path_with_time", "False", "--total_step", "3", "--sample_steps", "1"]
+    if command(["train", *words, "train.sample_count=1"]):
+        raise SystemExit("train_lora: the steps failed")
+    return folder / "checkpoints" / "latest"
+
+
+def outputs(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Inputs, and what the checkpoint's U-Net with its adapters makes of them."""
+    from mindspore import Tensor
+
+    model = restore_sampler(checkpoint)[0].model
+    generator = np.random.default_rng(11)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    time_ids = np.asarray([[64, 96, 0, 8, 64, 96], [512, 512, 3, 0, 256, 384]], np.float32)
+    arrays = {
+        "unet_x": normal(2, 4, 8, 12),
+        "unet_timesteps": np.asarray([17.0, 801.0], np.float32),
+        "unet_context": normal(2, 77, 96),
+        "unet_pooled": normal(2, 64),
+        "unet_time_ids": time_ids,
+    }
+    told = PromptEmbedding(arrays["unet_context"], arrays["unet_pooled"])
+    sizes = dict(zip(model.conditioner.size_keys, np.split(time_ids, 3, axis=1), strict=True))
+    given = [arrays["unet_x"], arrays["unet_timesteps"], arrays["unet_context"]]
+    given += [model.conditioner.vector(told, sizes), np.ones((2, 77), np.float32)]
+    return {**arrays, "unet_out": model.network(*map(Tensor, given)).asnumpy()}
+
+
+def main() -> int:
+    """Train and compute; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    prepare_device("CPU")
+    checkpoint = train(options.pipeline, options.out / "run")
+    for name, array in load_file(checkpoint / "lora.safetensors").items():
+        if name.endswith(".lora_up.weight") and not array.any():
+            print(f"train_lora: {name} is 0, as it was before training")
+            return 1
+    np.savez(options.out / "expected.npz", **outputs(checkpoint))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
