@@ -1,47 +1,17 @@
 """The packages as users install them: wheels, a fresh environment, an empty folder.
 
-One environment serves all tests of this file, in the order in which they stand.
+One environment serves all tests of this file, and those of the tutorial, which leave it as it was.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import venv
 import zipfile
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[1]
-PACKAGES = (".", *sorted(f"plugins/{p.name}" for p in (ROOT / "plugins").glob("sdxl_*")))
 # A run of the embedded default, as short as can be.
 SHORT = ["data.total_step=2", "train.ms_mode=1", "train.sample_count=1", "train.sample_steps=1"]
-
-
-@pytest.fixture(scope="session")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheels of the host and of the four plugins."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run(
-        [*command, "--wheel-dir", str(folder), *PACKAGES], cwd=ROOT, check=True, timeout=300
-    )
-    return folder
-
-
-@pytest.fixture(scope="session")
-def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a fresh environment with `sdxl-host[edm,snr]` from the wheels."""
-    folder = tmp_path_factory.mktemp("fresh") / "venv"
-    venv.create(folder, with_pip=True)
-    programs = folder / "bin"
-    command = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run(
-        [*command, "--find-links", str(dist), "sdxl-host[edm,snr]"], check=True, timeout=900
-    )
-    return programs
 
 
 def run(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -78,12 +48,18 @@ def test_the_hosts_wheel_carries_configs_pictures_tokenizer_and_their_notices(di
     for file in (
         "configs/default.yaml",
         "configs/learn_demo.yaml",
+        "configs/tiny.yaml",
         "data/demo/metadata.jsonl",
         "data/demo/red_apple.png",
         "data/demo/NOTICE.md",
         "models/clip_tokenizer/vocab.json",
         "models/clip_tokenizer/merges.txt",
         "models/clip_tokenizer/NOTICE.md",
+        "templates/plugin/README.md",
+        "templates/plugin/pyproject.toml",
+        "templates/plugin/my_plugin/__init__.py",
+        "templates/plugin/my_plugin/py.typed",
+        "templates/plugin/tests/test_my_plugin.py",
     ):
         assert f"sdxl_host/{file}" in names
     assert not [name for name in names if name.startswith(("tests/", "plugins/"))]
