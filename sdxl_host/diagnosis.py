@@ -19,15 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sdxl_host.trials import (
-    SDXL_CONFIG,
-    Child,
-    Need,
-    Trial,
-    one_line,
-    try_mindspore,
-    try_packages,
-)
+from sdxl_host.errors import one_line
+from sdxl_host.processes import Child
+from sdxl_host.trials import SDXL_CONFIG, Need, Trial, try_mindspore, try_packages
 from sdxl_host.version import __version__
 
 __all__ = ["Finding", "examine"]
@@ -59,6 +53,17 @@ _SETTINGS = (
         "MS_COMPILER_CACHE_ENABLE",
         "1",
         "a graph compiled for other code may be taken from the cache",
+    ),
+)
+# Below CGROUP, in its versions 2 and 1: the limit, what is used, and in which field of which file
+# stands how much of that holds copies of files.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
     ),
 )
 _PLAN = f"sdxl-host plan --config {SDXL_CONFIG} shows what is needed"
@@ -193,7 +198,7 @@ def _wanted(name: str) -> str:
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, UnicodeDecodeError):
         return None
 
 
@@ -238,8 +243,17 @@ def rivals() -> Iterator[Finding]:
     """Packages that all provide MindSpore: what is imported is then a mixture of them."""
     found = {}
     for each in metadata.distributions():
-        name = (each.metadata["Name"] or "").lower().replace("_", "-")
-        if name in _MINDSPORES or "mindspore" in (each.read_text("top_level.txt") or "").split():
+        try:
+            name = (each.metadata["Name"] or "").lower().replace("_", "-")
+            modules = (each.read_text("top_level.txt") or "").split()
+        except UnicodeDecodeError as error:
+            folder = getattr(each, "_path", None) or each.locate_file("")
+            seen = f"the metadata in {folder} can't be read: {one_line(error)}"
+            yield Finding(
+                "package", "warning", seen, "delete this folder, or install the package again"
+            )
+            continue
+        if name in _MINDSPORES or "mindspore" in modules:
             found.setdefault(name, each.version)
     if len(found) > 1:
         yield Finding(
@@ -385,11 +399,14 @@ def _memory() -> tuple[int, int]:
         if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
             return 0, 0
         total = available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [
-        *_numbers(CGROUP / "memory.max"),
-        *_numbers(CGROUP / "memory" / "memory.limit_in_bytes"),
-    ]
-    return min([total, *limits]), min([available, *limits])
+    for names in _MEMORY_FILES:
+        limit, used = (_numbers(CGROUP / name) for name in names[:2])
+        if limit:
+            # Copies of files are given up for who needs the memory.
+            cached = _field(CGROUP / names[2], names[3])
+            total = min([total, *limit])
+            available = min(available, max(0, limit[0] - max(0, sum(used) - cached)))
+    return total, available
 
 
 def _numbers(file: Path) -> list[int]:
@@ -399,6 +416,15 @@ def _numbers(file: Path) -> list[int]:
     except OSError:
         return []
     return [int(word) for word in words] if all(word.isdigit() for word in words) else []
+
+
+def _field(file: Path, name: str) -> int:
+    """The number behind a name in a file of the control group; 0 where it is not there."""
+    try:
+        lines = [line.split() for line in file.read_text("ascii").splitlines()]
+    except OSError:
+        return 0
+    return next((int(words[1]) for words in lines if words[:1] == [name]), 0)
 
 
 def _gib(size: int) -> str:
@@ -433,13 +459,13 @@ def save_folder(path: Path, needs: Sequence[Need]) -> Iterator[Finding]:
 
 
 def _space(path: Path, folder: Path, probe: Path, needs: Sequence[Need]) -> Finding:
-    from sdxl_host.disk import sync_folder, write_new
+    from sdxl_host.disk import sync, write_new
 
     free = shutil.disk_usage(folder).free
     seen = f"{path}: can be written, {_gib(free)} free"
     try:
         write_new(probe / "file", b"sdxl-host")
-        sync_folder(probe)
+        sync(probe)
     except OSError as error:
         seen = f"{path}: a file can't be written ({error.strerror}), {_gib(free)} free"
         return Finding("save_path", "fault", seen, "make room, or give another --save_path")
@@ -492,11 +518,12 @@ def plugins() -> Iterator[Finding]:
     """Each installed plugin, by its metadata; none is imported."""
     try:
         from sdxl_host.plugins import discover, fitting
+
+        installed = discover()
     except Exception as error:
         seen = f"can't be listed: {one_line(error)}"
         yield Finding("plugin", "fault", seen, "mend the packages above")
         return
-    installed = discover()
     for each in installed:
         problem = fitting(each, installed)
         if problem is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "DataError", "HostError", "PluginError", "did_you_mean"]
+__all__ = ["ConfigError", "DataError", "HostError", "PluginError", "did_you_mean", "one_line"]
 
 
 class HostError(Exception):
@@ -28,3 +28,9 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """' (did you mean X?)' for the candidate nearest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's type and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

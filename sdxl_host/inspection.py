@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
@@ -16,10 +15,11 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from sdxl_host.errors import HostError, PluginError
+from sdxl_host.errors import HostError, PluginError, one_line
 from sdxl_host.hooks import implementations
 from sdxl_host.options import build_options, describe, first_line
 from sdxl_host.plugins import Installed, fitting, timed_import
+from sdxl_host.processes import run_child, tell
 from sdxl_host.version import __version__
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "check_metadata",
     "check_options",
     "inspect_alone",
-    "make_instance",
 ]
 
 # What listing, configuring and planning shall not wait for: imported inside the methods that use
@@ -102,39 +101,38 @@ def inspect_alone(plugin: Installed) -> Report:
 
 
 def _ask_child(plugin: Installed, everything: bool) -> dict[str, Any]:
-    asked = {**vars(plugin), "requires": None, "everything": everything}
-    # What can be imported here can be imported there.
-    path = os.pathsep.join(place for place in sys.path if place)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "sdxl_host.inspection", json.dumps(asked)],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
+    asked = json.dumps({**vars(plugin), "requires": None, "everything": everything})
+    child = run_child("inspection", f"answer({asked!r})", _PATIENCE)
+    if child.is_late:
         raise PluginError(
             f"plugin {plugin} is broken: importing it takes over {_PATIENCE:.0f} s; do slow work "
             "inside the methods that need it"
-        ) from error
-    if done.returncode != 0:
-        told = done.stderr.strip().splitlines()
-        last = f" ({told[-1].strip()})" if told else ""
-        raise PluginError(
-            f"plugin {plugin} is broken: importing it ended Python with exit code "
-            f"{done.returncode}{last}; mend it, or pip uninstall {plugin.distribution}"
         )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    if "error" in answer:
-        raise PluginError(answer["error"])
-    return answer
+    if not child.records:
+        how = child.end.removeprefix("ended ")
+        last = f" ({child.last})" if child.last else "" if how else " without a word"
+        raise PluginError(
+            f"plugin {plugin} is broken: importing it ended Python{' ' * bool(how)}{how}{last}; "
+            f"mend it, or pip uninstall {plugin.distribution}"
+        )
+    (found,) = child.records
+    if "error" in found:
+        raise PluginError(found["error"])
+    return found
+
+
+def answer(text: str) -> None:
+    """In the child: tells what is asked for in `text`, as JSON, and ends Python."""
+    try:
+        told = _answer(json.loads(text))
+    except HostError as error:
+        told = {"error": str(error)}
+    tell(**told)
+    os._exit(0)  # threads that the plugin has started end here too
 
 
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """In the child: imports the plugin and says what it finds."""
+    """Imports the plugin and says what it finds."""
     everything = asked.pop("everything")
     plugin = Installed(**asked)
     before = set(sys.modules)
@@ -152,19 +150,6 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
         schema = getattr(cls, "Options", None)
         found["options"] = [] if schema is None else describe(schema)
     return found
-
-
-def _child(text: str) -> None:
-    # Whatever the plugin prints goes to stderr, so that stdout holds the answer alone.
-    answers_to = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        answer = _answer(json.loads(text))
-    except HostError as error:
-        answer = {"error": str(error)}
-    with os.fdopen(answers_to, "w") as stream:
-        json.dump(answer, stream, default=str)
-    os._exit(0)  # threads that the plugin has started end here too
 
 
 # ---- the class
@@ -194,7 +179,7 @@ def check_options(plugin: Installed, cls: type, values: Mapping[str, Any] | None
         one, other = schema(), schema()
         build_options(schema, {}, where)
     except Exception as error:
-        told = first_line(error) if isinstance(error, HostError) else _said(error)
+        told = first_line(error) if isinstance(error, HostError) else one_line(error)
         raise PluginError(
             f"plugin {plugin}: its Options can't be made from their defaults: {told}; mend the "
             "default or the type (int, float, bool, str, Literal, list, dict, or one of them | "
@@ -240,8 +225,8 @@ def _check_round_trip(plugin: Installed, schema: type, chosen: Any) -> None:
         again = asdict(build_options(schema, read or {}, f"plugins.{plugin.name}"))
     except Exception as error:
         raise PluginError(
-            f"plugin {plugin}: its Options do not survive a config file: {_said(error)}; keep to "
-            "the types int, float, bool, str, Literal, list and dict"
+            f"plugin {plugin}: its Options do not survive a config file: {one_line(error)}; keep "
+            "to the types int, float, bool, str, Literal, list and dict"
         ) from error
     for name, value in written.items():
         if again[name] != value:
@@ -250,24 +235,3 @@ def _check_round_trip(plugin: Installed, schema: type, chosen: Any) -> None:
                 "written to a config and read again; __post_init__ must leave a finished value as "
                 "it is"
             )
-
-
-def make_instance(plugin: Installed, cls: type, options: Any) -> Any:
-    """An object of the plugin's class, made as for a run."""
-    try:
-        return cls() if options is None else cls(options)
-    except PluginError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"plugin {plugin}: could not be made from its options: {_said(error)}; mend the "
-            "plugin, or run without it"
-        ) from error
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-if __name__ == "__main__":
-    _child(sys.argv[1])

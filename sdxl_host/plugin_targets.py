@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import importlib_metadata
 from omegaconf import DictConfig, OmegaConf
 
 from sdxl_host.errors import ConfigError, PluginError
-from sdxl_host.plugins import Installed
+from sdxl_host.plugins import Entry, Installed, entries
 from sdxl_host.selection import Selection
 from sdxl_host.targets import is_known
 
@@ -66,7 +65,7 @@ def adopt(tree: DictConfig, selection: Selection, set_by_hand: set[str]) -> None
     owners: dict[str, list[_Node]] = {}
     for node in foreign:
         if node.target in served:
-            owners.setdefault(_distribution(served[node.target]), []).append(node)
+            owners.setdefault(served[node.target].distribution, []).append(node)
         elif node.short in _KNOWN_DISTRIBUTIONS:
             raise PluginError(
                 f"{node.place}.target: {node.target} needs a plugin that is not installed; "
@@ -109,21 +108,18 @@ def _parts(nodes: list[_Node]) -> dict[str, tuple[str, Mapping[str, Any]]]:
     return {slot: (node.short, node.params) for slot, node in found.items()}
 
 
-def _served() -> dict[str, importlib_metadata.EntryPoint]:
+def _served() -> dict[str, Entry]:
     """The declared target names. Raises PluginError for one that two packages declare."""
-    found: dict[str, importlib_metadata.EntryPoint] = {}
-    for entry in importlib_metadata.entry_points(group=GROUP):
+    found: dict[str, Entry] = {}
+    # One that can't be read stands back; its plugin, once selected, says so.
+    for entry in sorted(entries(GROUP), key=lambda entry: entry.damage):
         other = found.setdefault(entry.name, entry)
-        if _distribution(other) != _distribution(entry):
+        if other.distribution != entry.distribution and not entry.damage:
             raise PluginError(
-                f"{_distribution(other)} and {_distribution(entry)} both declare the target "
+                f"{other.distribution} and {entry.distribution} both declare the target "
                 f"{entry.name}; uninstall one of them"
             )
     return found
-
-
-def _distribution(entry: importlib_metadata.EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "unknown distribution"
 
 
 def _plugin_of(distribution: str, installed: list[Installed]) -> Installed:
@@ -144,7 +140,7 @@ def _select(plugin: Installed, node: _Node, selection: Selection) -> None:
 
 
 def _options(
-    entry: importlib_metadata.EntryPoint,
+    entry: Entry,
     plugin: Installed,
     parts: Mapping[str, tuple[str, Mapping[str, Any]]],
 ) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import importlib_metadata
@@ -17,10 +18,23 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from sdxl_host.errors import PluginError, did_you_mean
+from sdxl_host.errors import PluginError, did_you_mean, one_line
 from sdxl_host.version import __version__
 
-__all__ = ["GROUP", "Installed", "discover", "find", "fitting", "import_class", "normalize"]
+__all__ = [
+    "GROUP",
+    "Entry",
+    "Installed",
+    "discover",
+    "entries",
+    "find",
+    "fitting",
+    "import_class",
+    "make_instance",
+    "normalize",
+    "package_name",
+    "package_names",
+]
 
 GROUP = "sdxl_host.plugins"
 HOST_DISTRIBUTION = "sdxl-host"
@@ -41,7 +55,7 @@ class Installed:
     """A plugin as its package's metadata declares it.
 
     requires: the versions of sdxl-host it accepts, or None where it does not say.
-    module, attribute: where its class is.
+    module, attribute: where its class is. damage: what of its package can't be read, or "".
     """
 
     name: str
@@ -50,9 +64,26 @@ class Installed:
     requires: SpecifierSet | None
     module: str
     attribute: str
+    damage: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry point `name = value` with what its package's metadata say.
+
+    distribution: the package's name, or its folder where the metadata can't be read; version is
+    then "?" and requires is empty. damage: what can't be read of them or of the entry point, or "".
+    """
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    requires: Sequence[str]
+    damage: str
 
 
 def normalize(name: str) -> str:
@@ -63,20 +94,99 @@ def normalize(name: str) -> str:
 def discover() -> list[Installed]:
     """Every installed plugin, sorted by name; two packages with one name give two entries."""
     found = []
-    for entry in importlib_metadata.entry_points(group=GROUP):
+    for entry in entries(GROUP):
         module, _, attribute = entry.value.partition(":")
-        distribution = entry.dist
         found.append(
             Installed(
                 name=normalize(entry.name),
-                distribution=distribution.name if distribution else "unknown distribution",
-                version=distribution.version if distribution else "?",
-                requires=_required_host(distribution.requires or [] if distribution else []),
+                distribution=entry.distribution,
+                version=entry.version,
+                requires=_required_host(entry.requires),
                 module=module.strip(),
                 attribute=attribute.strip(),
+                damage=entry.damage,
             )
         )
-    return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
+    # Of two with one name, the one that can be used comes first.
+    return sorted(found, key=lambda plugin: (plugin.name, plugin.damage, plugin.distribution))
+
+
+def entries(group: str) -> list[Entry]:
+    """The entry points of a group; those of a damaged package say so and hide no others."""
+    try:
+        points = list(importlib_metadata.entry_points(group=group))
+    except Exception:
+        # One file that can't be read fails them all. By itself, each tells its own fault.
+        return list(_one_by_one(group))
+    return [Entry(point.name, point.value, *_metadata(point.dist)) for point in points]
+
+
+def package_name(distribution: importlib_metadata.Distribution) -> str:
+    """A package's normalized name; of a damaged one, as its folder has it."""
+    name, _, _, damage = _metadata(distribution)
+    # name-1.0.dist-info
+    return canonicalize_name(PurePath(name).stem.partition("-")[0] if damage else name)
+
+
+def package_names() -> set[str]:
+    """The normalized name of every installed package."""
+    return {package_name(one) for one in importlib_metadata.distributions()}
+
+
+def _one_by_one(group: str) -> Iterator[Entry]:
+    packages: dict[str, importlib_metadata.Distribution] = {}
+    # Of two copies counts what comes first on the import path, of those that can be read.
+    for one in sorted(importlib_metadata.distributions(), key=lambda one: bool(_metadata(one)[-1])):
+        packages.setdefault(package_name(one), one)
+    for one in packages.values():
+        name, version, requires, damage = _metadata(one)
+        text, unread = _entry_text(one)
+        for line in _lines(text, group):
+            own, _, value = (part.strip() for part in line.partition("="))
+            wrong = "" if value else f"{_folder(one)}: entry_points.txt holds the line {line!r}"
+            yield Entry(own, value, name, version, requires, damage or unread or wrong)
+
+
+def _lines(text: str, group: str) -> Iterator[str]:
+    """The lines of the section `[group]`."""
+    section = ""
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("[") and line.endswith("]"):
+            section = line[1:-1].strip()
+        elif line and not line.startswith(("#", ";")) and section == group:
+            yield line
+
+
+def _entry_text(distribution: importlib_metadata.Distribution) -> tuple[str, str]:
+    """(the text of entry_points.txt, what is wrong with it)."""
+    try:
+        return distribution.read_text("entry_points.txt") or "", ""
+    except UnicodeDecodeError as error:
+        wrong = f"{_folder(distribution)}: entry_points.txt can't be read ({one_line(error)})"
+        return error.object.decode("utf-8", "replace"), wrong
+
+
+def _metadata(
+    distribution: importlib_metadata.Distribution | None,
+) -> tuple[str, str, Sequence[str], str]:
+    """(name, version, requirements, "") of a package, or (its folder, "?", [], what is wrong)."""
+    if distribution is None:
+        return "unknown distribution", "?", [], ""
+    try:
+        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+        if name and version:
+            return name, version, distribution.requires or [], ""
+        cause = "no Name" if version else "no Version"
+    except Exception as error:
+        # What is raised for a damaged file differs between versions of importlib_metadata.
+        cause = one_line(error)
+    folder = _folder(distribution)
+    return folder, "?", [], f"the metadata in {folder} can't be read ({cause})"
+
+
+def _folder(distribution: importlib_metadata.Distribution) -> str:
+    """Where a package's metadata lie."""
+    return str(getattr(distribution, "_path", None) or distribution.locate_file(""))
 
 
 def _required_host(requirements: Iterable[str]) -> SpecifierSet | None:
@@ -93,7 +203,9 @@ def _required_host(requirements: Iterable[str]) -> SpecifierSet | None:
 
 def fitting(plugin: Installed, installed: Sequence[Installed]) -> str | None:
     """Why `plugin` can't be used, with the remedy, or None; decided from metadata alone."""
-    twins = [other for other in installed if other.name == plugin.name]
+    if plugin.damage:
+        return f"{plugin.damage}; delete this folder, or install the package again"
+    twins = [other for other in installed if other.name == plugin.name and not other.damage]
     if len(twins) > 1:
         names = " and ".join(f"{twin.distribution} {twin.version}" for twin in twins)
         return (
@@ -162,6 +274,19 @@ def import_class(plugin: Installed) -> type:
             f"{plugin.distribution} must name the plugin's class there"
         )
     return found
+
+
+def make_instance(plugin: Installed, cls: type, options: Any) -> Any:
+    """An object of the plugin's class, made as for a run. Raises PluginError."""
+    try:
+        return cls() if options is None else cls(options)
+    except PluginError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin}: could not be made from its options: {one_line(error)}; mend the "
+            "plugin, or run without it"
+        ) from error
 
 
 def timed_import(plugin: Installed) -> tuple[type, float]:

@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_host.errors import HostError
+from sdxl_host.errors import HostError, one_line
+from sdxl_host.processes import Child, run_child, tell
 
 __all__ = [
     "SDXL_CONFIG",
-    "Child",
     "Need",
     "Trial",
-    "one_line",
-    "run_child",
     "try_mindspore",
     "try_packages",
 ]
@@ -35,77 +29,7 @@ __all__ = [
 TIMEOUT = 180.0  # seconds that a process may take; MindSpore's first import reads a gigabyte
 SMALL_CONFIG = "configs/default.yaml"
 SDXL_CONFIG = "configs/training/sd_xl_base_finetune_910b.yaml"
-_MARK = "sdxl-host finds "  # what begins a child's line that is meant for its parent
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they are not named as their package
-
-
-# ---- processes
-
-
-@dataclass(frozen=True)
-class Child:
-    """How a process went.
-
-    records: what it told. end: how it ended where that was not well, else "". last: the last line
-    it wrote to standard error.
-    """
-
-    records: list[dict[str, Any]]
-    end: str
-    last: str
-
-    @property
-    def cause(self) -> str:
-        """How it ended, with the last thing it said."""
-        return f"{self.end}, saying: {self.last}" if self.last else self.end
-
-
-def run_child(call: str, timeout: float | None = None) -> Child:
-    """Runs the expression `call` of this module's names in a process with our own import path."""
-    seconds = TIMEOUT if timeout is None else timeout
-    code = f"import sys; sys.path[:] = {sys.path!r}\nfrom sdxl_host import trials\ntrials.{call}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that what it starts itself ends with it
-    )
-    with process:
-        try:
-            out, err = process.communicate(timeout=seconds)
-            end = _ending(process.returncode)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            out, err = process.communicate()
-            end = f"no answer within {seconds:g} s"
-        except BaseException:
-            _kill(process)
-            raise
-    # Whole lines only: a process may end within one.
-    records = [json.loads(line) for line in re.findall(f"^{_MARK}(.*)\n", out, re.MULTILINE)]
-    said = [line.strip() for line in err.splitlines() if line.strip()]
-    return Child(records, end, said[-1] if said else "")
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}" if code else ""
-    try:
-        return f"ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"ended by signal {-code}"
-
-
-def _tell(**record: Any) -> None:
-    """In a child: tells the parent."""
-    print(f"\n{_MARK}{json.dumps(record)}", flush=True)
 
 
 # ---- packages
@@ -125,7 +49,7 @@ def try_packages(names: Sequence[str]) -> dict[str, Trial]:
     found: dict[str, Trial] = {}
     left = list(names)
     while left:
-        child = run_child(f"import_packages({left!r})")
+        child = run_child("trials", f"import_packages({left!r})", TIMEOUT)
         for record in child.records:
             name = record.pop("name")
             found[name] = Trial(**record)
@@ -148,17 +72,17 @@ def import_packages(names: Iterable[str]) -> None:
                 found = importlib.util.find_spec(module)
                 if found is None:
                     raise ModuleNotFoundError(f"No module named {module!r}")
-                _tell(name=name, file=found.origin)
+                tell(name=name, file=found.origin)
                 continue
             imported: Any = importlib.import_module(module)
             if name == "transformers":
                 _ = imported.CLIPTokenizer  # imported when it is asked for
         except Exception as error:
-            _tell(name=name, file=_origin(module), error=one_line(error))
+            tell(name=name, file=_origin(module), error=one_line(error))
             continue
         version = getattr(imported, "__version__", None)
         file = getattr(imported, "__file__", None)
-        _tell(name=name, version=version if isinstance(version, str) else None, file=file)
+        tell(name=name, version=version if isinstance(version, str) else None, file=file)
 
 
 def _origin(module: str) -> str | None:
@@ -167,12 +91,6 @@ def _origin(module: str) -> str | None:
     except (ImportError, ValueError):
         return None
     return found.origin if found else None
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 # ---- MindSpore
@@ -192,7 +110,7 @@ class Need:
 
 def try_mindspore() -> tuple[dict[str, Any], Child]:
     """Starts MindSpore in a child: what it told, and how it went."""
-    child = run_child("start_mindspore()")
+    child = run_child("trials", "start_mindspore()", TIMEOUT)
     told: dict[str, Any] = {}
     for record in child.records:
         told |= record
@@ -207,10 +125,10 @@ def start_mindspore() -> None:
         chosen = prepare_device()
     except HostError as error:
         seen, _, remedy = str(error).rpartition("; ")
-        _tell(error=seen, remedy=remedy)
+        tell(error=seen, remedy=remedy)
         return
     except Exception as error:
-        _tell(error=one_line(error))
+        tell(error=one_line(error))
         return
     import mindspore as ms
 
@@ -218,7 +136,7 @@ def start_mindspore() -> None:
     build = folder / ".commit_id"
     commit = re.search(r"sha1\]:(\w+)", build.read_text("utf-8")) if build.is_file() else None
     has_ascend = any(folder.glob("**/plugin/libmindspore_ascend.so*"))
-    _tell(
+    tell(
         version=ms.__version__,
         build=commit[1] if commit else "unknown",
         backends=["CPU", "Ascend"] if has_ascend else ["CPU"],
@@ -227,17 +145,17 @@ def start_mindspore() -> None:
     try:
         right = (ms.Tensor([1.0, 2.0], ms.float32) + 1.0).asnumpy().tolist() == [2.0, 3.0]
     except Exception as error:
-        _tell(error=f"1 operation failed: {one_line(error)}")
+        tell(error=f"1 operation failed: {one_line(error)}")
         return
     if not right:
-        _tell(error="1 operation gave a wrong result")
+        tell(error="1 operation gave a wrong result")
         return
-    _tell(operation="right")
+    tell(operation="right")
     try:
-        _tell(attention=attention_by_level(chosen))
-        _tell(needs=packaged_needs())
+        tell(attention=attention_by_level(chosen))
+        tell(needs=packaged_needs())
     except Exception as error:
-        _tell(needs_error=one_line(error))
+        tell(needs_error=one_line(error))
 
 
 def attention_by_level(chosen: str) -> dict[str, str]:

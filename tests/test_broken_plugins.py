@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
 
+import importlib_metadata
 import pytest
 
 from sdxl_host.cli import main
 from sdxl_host.errors import HostError
-from sdxl_host.plugins import discover
+from sdxl_host.plugins import discover, find, fitting
 from sdxl_host.testing import PluginContract
 from sdxl_host.testing.run_checks import Runs
 from sdxl_host.testing.subject import Subject
@@ -107,7 +109,8 @@ class Broken:
     """A plugin with one fault: the promise of the contract that it breaks, and the words of the
     message that name the fault.
 
-    metadata: what `Site.add` is told besides. heavy: a module that its own import finds.
+    metadata: what `Site.add` is told besides. heavy: a module that its own import finds. files:
+    what stands in the folder of its metadata instead, None for nothing; {name} is its name.
     """
 
     promise: str
@@ -115,6 +118,7 @@ class Broken:
     source: str = field(default_factory=lambda: written(WORKING))
     metadata: dict[str, str] = field(default_factory=dict)
     heavy: str = ""
+    files: dict[str, bytes | None] = field(default_factory=dict)
 
 
 def raising(promise: str, hook: str) -> Broken:
@@ -137,6 +141,25 @@ KINDS = {
     ),
     "train": Broken("metadata", "the name train belongs to the host"),
     "Capital": Broken("metadata", "'Capital' is not a plugin name"),
+    "no_metadata": Broken(
+        "metadata", "can't be read (MetadataNotFound: ", files={"METADATA": None}
+    ),
+    "no_version": Broken(
+        "metadata", "can't be read (", files={"METADATA": b"Metadata-Version: 2.1\nName: fake\n"}
+    ),
+    "metadata_not_utf_8": Broken(
+        "metadata", "can't be read (UnicodeDecodeError: ", files={"METADATA": b"Name: \xff\n"}
+    ),
+    "entry_points_not_utf_8": Broken(
+        "metadata",
+        "entry_points.txt can't be read (UnicodeDecodeError: ",
+        files={"entry_points.txt": b"# \xff\n[sdxl_host.plugins]\n{name} = fake:Fake\n"},
+    ),
+    "entry_point_without_value": Broken(
+        "metadata",
+        "entry_points.txt holds the line 'entry_point_without_value'; delete this folder",
+        files={"entry_points.txt": b"[other]\nodd\n[sdxl_host.plugins]\n{name}\n"},
+    ),
     # ---- its import
     "imports_mindspore": Broken("import", "importing it imports mindspore", heavy="mindspore"),
     "imports_torch": Broken("import", "importing it imports torch", heavy="torch"),
@@ -146,6 +169,9 @@ KINDS = {
     "syntax_error": Broken("import", "SyntaxError", "def broken(:"),
     "exits": Broken("import", "SystemExit: 3", "raise SystemExit(3)"),
     "ends_python": Broken("import", "exit code 3", "import os; os._exit(3)"),
+    "ends_python_quietly": Broken(
+        "import", "importing it ended Python without a word", "import os; os._exit(0)"
+    ),
     "no_class": Broken("import", "is not a class", "Fake = 3"),
     # ---- its hooks
     "no_hook": Broken("hooks", "implements no hook", "class Fake: pass"),
@@ -321,6 +347,11 @@ KINDS = {
         "two runs with the same seed differ: at step 1",
         weight("1.0 + np.random.random(noise.snr.shape)"),
     ),
+    "weighs_by_hash": Broken(
+        "determinism",
+        "weight_loss answers otherwise in another process with the same seed",
+        weight("np.full_like(noise.snr, 1.0 + hash('weight') % 97)"),
+    ),
     "forgets_a_field": Broken(
         "resume",
         "changed during the run: count, size",
@@ -354,7 +385,21 @@ def add(site: Any, name: str) -> str:
         folder.mkdir(exist_ok=True)
         (folder / f"{broken.heavy}.py").write_text("", "utf-8")
         source = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport {broken.heavy}\n{source}"
-    return site.add(name, source=source, **broken.metadata)
+    module = site.add(name, source=source, **broken.metadata)
+    for file, content in broken.files.items():
+        path = site.folder / f"fake_{name}-1.0.dist-info" / file
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content.replace(b"{name}", name.encode()))
+    return module
+
+
+@pytest.fixture(autouse=True)
+def no_other_packages(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where packages are looked at one by one, those of the site are all."""
+    only_here = partial(importlib_metadata.distributions, path=[str(site.folder)])
+    monkeypatch.setattr(importlib_metadata, "distributions", only_here)
 
 
 def complaint(runs: Runs, promise: str) -> str:
@@ -395,22 +440,99 @@ def test_two_packages_with_one_name(site: Any, tmp_path: Path) -> None:
     assert said.endswith("(pip uninstall fake-other)")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plugins"], ["plugins", "--json"]])
-def test_none_hurts_who_only_looks(site: Any, words: list[str]) -> None:
-    add_all(site)
-    done = subprocess.run(
-        [sys.executable, "-m", "sdxl_host", *words],
+def run(site: Any, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
         env={**os.environ, "PYTHONPATH": site.python_path},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    if words == ["--help"]:
-        assert done.stdout.startswith("usage: sdxl-host COMMAND")
+
+
+# The doctor without its long trials of other packages and of MindSpore.
+DOCTOR = """
+import sys
+from sdxl_host import diagnosis
+from sdxl_host.cli import main
+from sdxl_host.processes import Child
+from sdxl_host.trials import Trial
+diagnosis.try_packages = lambda names: {name: Trial() for name in names}
+diagnosis.try_mindspore = lambda: ({}, Child([], "", ""))
+sys.exit(main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["-m", "sdxl_host", "--help"], 0),
+        (["-m", "sdxl_host", "train", "--help"], 0),
+        (["-m", "sdxl_host", "plugins"], 0),
+        (["-m", "sdxl_host", "plugins", "--json"], 0),
+        (["-c", DOCTOR], 2),
+    ],
+    ids=["help", "train_help", "plugins", "plugins_json", "doctor"],
+)
+def test_none_hurts_who_only_looks(site: Any, words: list[str], code: int) -> None:
+    add_all(site)
+    done = run(site, *words)
+    assert (done.returncode, done.stderr) == (code, "")
+    if "--help" in words:
+        assert done.stdout.startswith("usage: sdxl-host ")
     else:
         assert not [name for name in KINDS if name not in done.stdout]
+
+
+def test_none_hurts_who_checks_all(site: Any) -> None:
+    """Of the other kinds one that starts a process is enough."""
+    chosen = [name for name in KINDS if KINDS[name].promise == "metadata"]
+    for name in (*chosen, "ends_python_quietly", "snr_like"):
+        add(site, name) if name in KINDS else site.add(name)
+    done = run(site, "-m", "sdxl_host", "plugins", "--check", "--json")
+    assert (done.returncode, done.stderr) == (2, "")
+    states = {row["name"]: row["state"] for row in json.loads(done.stdout)}
+    assert states["snr_like"] == "ok"
+    for name in (*chosen, "ends_python_quietly"):
+        assert KINDS[name].said in states[name]
+
+
+DAMAGED = [name for name in KINDS if KINDS[name].files]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_told_with_its_folder_and_the_remedy(site: Any, name: str) -> None:
+    add(site, name)
+    site.add("whole")
+    installed = {plugin.name: plugin for plugin in discover()}
+    assert set(installed) == {name, "whole"}
+    assert fitting(installed["whole"], list(installed.values())) is None
+    told = fitting(installed[name], list(installed.values()))
+    assert told is not None
+    assert str(site.folder / f"fake_{name}-1.0.dist-info") in told
+    assert told.endswith("; delete this folder, or install the package again")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_package_is_no_twin_of_a_whole_one(site: Any, name: str) -> None:
+    add(site, name)
+    site.add(name, distribution="whole")
+    assert find(name, discover()).distribution == "whole"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_damaged_copy_of_a_package_does_not_count(
+    site: Any, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """As an upgrade that was cut short leaves it, and beside a file that fails the listing."""
+    add(site, "entry_point_without_value")
+    site.add("ash", version="1.0" if first else "2.0")
+    (information,) = site.folder.glob("fake_ash-*")
+    (information / "METADATA").unlink()
+    site.add("ash", version="1.5")
+    (found,) = [plugin for plugin in discover() if plugin.name == "ash"]
+    assert (found.version, found.damage) == ("1.5", "")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:mindspore.*")

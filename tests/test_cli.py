@@ -138,6 +138,21 @@ def test_bad_words_end_with_one_line_and_exit_code_2(site, here, capsys, words, 
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plugins", "--che"],
+        ["doctor", "--js"],
+        ["new-plugin", "ash", "--hook", "weight_loss"],
+        ["convert", "in", "out", "--last-weight"],
+        ["sample", "--prom", "a cat"],
+    ],
+)
+def test_flags_are_written_in_full(site, here, capsys, words):
+    """A new flag would change what the beginning of another means."""
+    assert "tells how to call it" in refused(capsys, words)
+
+
 def test_a_yaml_typo_is_told_with_file_and_line(here, capsys):
     (here / "mine.yaml").write_text("model:\n  target: [x\noptim: {}\n")
     assert refused(capsys, ["train", "--config", "mine.yaml"]).startswith(

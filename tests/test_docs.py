@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -243,6 +244,34 @@ def test_the_names_for_tests_are_these():
     testing = importlib.import_module("sdxl_host.testing")
     told = {row.partition("(")[0] for row in column(HOOKS_PAGE["The names for tests"])}
     assert told == set(testing.__all__)
+
+
+def rows(text: str) -> list[tuple[str, str]]:
+    """Name and default of each row of a table with three columns."""
+    return re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\| [^|]+ \|$", text, re.MULTILINE)
+
+
+def test_the_attributes_of_the_contract_are_these():
+    contract = importlib.import_module("sdxl_host.testing").PluginContract
+    kept = [(name, repr(getattr(contract, name))) for name in contract.__annotations__]
+    assert rows(HOOKS_PAGE["PluginContract"]) == kept
+
+
+def test_the_arguments_of_a_tiny_run_are_these():
+    testing = importlib.import_module("sdxl_host.testing")
+    taken = inspect.signature(testing.tiny_run).parameters.values()
+    empty = inspect.Parameter.empty
+    told = [(one.name, "" if one.default is empty else repr(one.default)) for one in taken]
+    assert rows(HOOKS_PAGE["tiny_run"]) == told
+
+
+def test_the_fields_of_a_tiny_run_are_these():
+    testing = importlib.import_module("sdxl_host.testing")
+    fields = [field.name for field in dataclasses.fields(testing.TinyRun)]
+    assert column(HOOKS_PAGE["TinyRun"]) == fields
+    methods = {n for n, value in vars(testing.TinyRun).items() if inspect.isfunction(value)}
+    public = {name for name in methods if not name.startswith("_")}
+    assert public <= words(HOOKS_PAGE["TinyRun"])
 
 
 @pytest.mark.parametrize("name", PLUGINS)

@@ -21,7 +21,8 @@ from sdxl_host import diagnosis, trials
 from sdxl_host.cli import main
 from sdxl_host.commands import doctor as command
 from sdxl_host.diagnosis import Finding
-from sdxl_host.trials import Child, Need, Trial
+from sdxl_host.processes import Child
+from sdxl_host.trials import Need, Trial
 from sdxl_host.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,20 @@ def test_two_packages_that_provide_mindspore(fakes: Fakes, name: str, top_level:
     assert finding.remedy == (f"pip uninstall {both}, then pip install 'mindspore<2.11,>=2.10'")
 
 
+def test_a_package_whose_metadata_are_damaged_hides_no_rival(fakes: Fakes) -> None:
+    fakes.package("mindspore", "2.10.0")
+    fakes.package("mindspore-ascend", "2.6.0")
+    fakes.package("torn", "1.0")
+    folder = fakes.folder / "torn-1.0.dist-info"
+    (folder / "METADATA").write_bytes(b"Name: \xff\n")
+    damaged, twice = sorted(diagnosis.rivals(), key=lambda finding: finding.state, reverse=True)
+    assert (damaged.name, damaged.state) == ("package", "warning")
+    assert damaged.seen.startswith(f"the metadata in {folder} can't be read: UnicodeDecodeError")
+    assert damaged.remedy == "delete this folder, or install the package again"
+    assert (twice.name, twice.state) == ("mindspore", "fault")
+    assert diagnosis._version("torn") is None
+
+
 def test_settings_of_the_environment_that_do_harm() -> None:
     assert list(diagnosis.environment({"MS_DEV_HOST_BLOCKING_RUN": "1"})) == []
     harmful = {"MS_DEV_HOST_BLOCKING_RUN": "0", "MS_COMPILER_CACHE_ENABLE": "1"}
@@ -267,34 +282,7 @@ def test_settings_of_the_environment_that_do_harm() -> None:
     assert [finding.remedy for finding in found] == [f"unset {name}" for name in harmful]
 
 
-# ---- processes
-
-
-@pytest.mark.parametrize(
-    ("call", "end", "last"),
-    [
-        ("os.abort()", "ended by SIGABRT", ""),
-        ("sys.exit(3)", "ended with exit code 3", ""),
-        ("sys.exit('first\\nlast \\n\\n')", "ended with exit code 1", "last"),
-        ("os", "", ""),
-    ],
-)
-def test_how_a_process_ended_is_told(call: str, end: str, last: str) -> None:
-    child = trials.run_child(call)
-    assert (child.end, child.last) == (end, last)
-
-
-def test_a_process_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
-    """Its own child holds the pipes, and would be waited for."""
-    hang = "subprocess.run(['sleep', '600'])"
-    child = trials.run_child(hang, timeout=1.0)
-    assert child.end == "no answer within 1 s"
-
-
-def test_only_whole_lines_of_our_own_are_read() -> None:
-    mark = trials._MARK
-    text = f'noise\n{mark}{{\\"a\\": 1}}\n {mark}x\n{mark}{{\\"b'.replace("\n", "\\n")
-    assert trials.run_child(f'sys.stdout.write("{text}")').records == [{"a": 1}]
+# ---- packages
 
 
 def test_each_package_is_tried_whatever_the_one_before_it_does(fakes: Fakes) -> None:
@@ -509,6 +497,31 @@ def test_a_container_has_its_own_memory(machine: Path, file: str) -> None:
     assert diagnosis.memory(NEEDS, "CPU").seen.startswith("64.00 GiB, 60.00 GiB of it available")
 
 
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cached"),
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_what_a_container_uses_is_not_available(
+    machine: Path, folder: str, limit: str, used: str, cached: str
+) -> None:
+    """Copies of files are, as they give way."""
+    set_memory(machine, 64 * GIB, 60 * GIB)
+    place = machine / "cgroup" / folder
+    place.mkdir(exist_ok=True)
+    (place / limit).write_text(f"{8 * GIB}\n")
+    (place / used).write_text(f"{5 * GIB}\n")
+    assert diagnosis.memory(NEEDS, "CPU").seen.startswith("8.00 GiB, 3.00 GiB of it available")
+    (place / "memory.stat").write_text(f"anon {4 * GIB}\n{cached} {GIB}\n")
+    assert diagnosis.memory(NEEDS, "CPU").seen.startswith("8.00 GiB, 4.00 GiB of it available")
+    set_memory(machine, 64 * GIB, 2 * GIB)
+    assert diagnosis.memory(NEEDS, "CPU").seen.startswith("8.00 GiB, 2.00 GiB of it available")
+    (place / limit).write_text("4096\n")
+    assert "0.00 GiB of it available" in diagnosis.memory(NEEDS, "CPU").seen
+
+
 def test_memory_without_proc(machine: Path, monkeypatch) -> None:
     pages = {"SC_PHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
@@ -656,6 +669,12 @@ def test_plugins_that_cannot_be_listed(monkeypatch) -> None:
     (finding,) = diagnosis.plugins()
     assert (finding.state, finding.remedy) == ("fault", "mend the packages above")
     assert finding.seen.startswith("can't be listed: ModuleNotFoundError: ")
+
+
+def test_plugins_whose_listing_fails(monkeypatch) -> None:
+    monkeypatch.setattr("sdxl_host.plugins.discover", lambda: 1 // 0)
+    (finding,) = diagnosis.plugins()
+    assert finding.seen.startswith("can't be listed: ZeroDivisionError: ")
 
 
 # ---- the command

@@ -351,6 +351,11 @@ def test_the_help_names_the_hooks_and_flags(capsys: pytest.CaptureFixture[str]) 
         ("", ": is not a plugin name"),
         (LONG + "c", f"{LONG}c: is not a plugin name"),
         ("lambda", "lambda: is a word of the Python language"),
+        ("on", "on: is read as True in a config"),
+        ("yes", "yes: is read as True in a config"),
+        ("true", "true: is read as True in a config"),
+        ("off", "off: is read as False in a config"),
+        ("null", "null: is read as None in a config"),
         *[
             (name, f"{name}: is a name that belongs to the host")
             for name in ("host", "train", "data", "model", "optim", "plugins", "none")
@@ -374,6 +379,21 @@ def test_a_name_that_can_t_be_is_refused_with_the_remedy(
     assert told.startswith(message)
     assert told.endswith("; choose another name for the plugin")
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, b"Name: \xff\n"])
+def test_a_damaged_package_hides_no_taken_name(
+    site: Any, here: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    for name in ("ash", "oak"):
+        site.add("twig", distribution=name)
+    file = site.folder / "ash-1.0.dist-info" / "METADATA"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    for name in ("ash", "oak"):
+        assert refused(capsys, name).startswith(f"{name}: is the name of the package {name}")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import importlib_metadata
 import pytest
 from omegaconf import OmegaConf
 
@@ -199,3 +201,28 @@ def test_a_config_without_foreign_targets_imports_nothing(twisted, tmp_path: Pat
 
     read(config(tmp_path))
     assert twisted not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("METADATA", b"Name: \xff\n"),
+        ("METADATA", b""),
+        ("entry_points.txt", b"[other]\nodd\n"),
+    ],
+)
+def test_a_damaged_package_hides_no_other(
+    site: Any, twisted: Any, tmp_path: Path, file: str, content: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    site.add("torn", source=SOURCE, targets=["gm.torn.TornScaling", *NAMES])
+    path = site.folder / "fake_torn-1.0.dist-info" / file
+    path.write_bytes(content)
+    only_here = partial(importlib_metadata.distributions, path=[str(site.folder)])
+    monkeypatch.setattr(importlib_metadata, "distributions", only_here)
+    found = read(config(tmp_path, node("Scaling", size=2.0)))
+    assert [one.installed.name for one in found.plugins] == ["twist"]
+    if file == "METADATA":
+        torn = {"target": "gm.torn.TornScaling"}
+        with pytest.raises(PluginError, match=r"plugin torn: the metadata in .* can't be read"):
+            read(config(tmp_path, torn))

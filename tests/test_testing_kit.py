@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import re
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +20,9 @@ import pytest
 import sdxl_host
 from sdxl_host import encode_plain
 from sdxl_host.errors import ConfigError, HostError, PluginError
-from sdxl_host.inspection import check_import, check_metadata, check_options, make_instance
-from sdxl_host.plugins import discover, import_class
-from sdxl_host.testing import checks, run_checks
+from sdxl_host.inspection import check_import, check_metadata, check_options
+from sdxl_host.plugins import discover, import_class, make_instance
+from sdxl_host.testing import checks, hashes, run_checks
 from sdxl_host.testing.parts import noise_levels, tiny_encoders, tiny_model
 from sdxl_host.testing.run_checks import Runs
 from sdxl_host.testing.runs import TinyRun, only, tiny_run
@@ -376,6 +379,18 @@ def test_notes_that_raise(subject):
     assert "notes raised ZeroDivisionError" in fault(checks.check_notes, subject(oak))
 
 
+def test_a_model_of_a_narrow_range(subject):
+    """Its noise levels are fewer than the shapes that the preconditioning is asked with."""
+    checks.check_build_model(subject(KIND.format("", ', Sampling("edm", 0.99, 1.01)')))
+
+
+def test_a_range_that_the_host_s_draws_leave(subject):
+    """The host draws for a plugin that does not."""
+    oak = subject(KIND.format("", ', Sampling("edm", 0.99, 1.01)'))
+    told = fault(checks.check_sample_timesteps, oak)
+    assert "95% of the draws (sample_timesteps: host) reach from sigma" in told
+
+
 DRAW = """
 class Drawn(Distribution):
     def __init__(self, schedule):
@@ -405,7 +420,10 @@ def test_a_distribution_that_is_as_it_should_be(subject):
         ("def quantile(self, u): return np.tan(u)[0]", "quantile gives the shape ()"),
         ("def quantile(self, u): u *= 2; return 0.03 + 7 * u", "changes the u it is given"),
         ("def quantile(self, u): return u.tolist()[9999]", "quantile raised IndexError"),
-        ("def quantile(self, u): return 0.03 + 99 * u", "reach from sigma 2.505 to 96.55"),
+        (
+            "def quantile(self, u): return 0.03 + 99 * u",
+            "(sample_timesteps: oak) reach from sigma 2.505 to 96.55",
+        ),
         ("def cdf(self, sigma): return np.clip(sigma / 15, 0, 1)", "cdf is 0.0021"),
         ("def cdf(self, sigma): return np.ones_like(sigma)", "cdf is 1 at sigma"),
         ("def cdf(self, sigma): return sigma", "cdf leaves 0 to 1"),
@@ -561,6 +579,52 @@ def test_attributes_that_change_are_found():
     assert changed(before[1], class_attributes(One)) == ["count", "shared"]
 
 
+def test_what_belongs_to_others_is_not_looked_into():
+    """Loggers know of all loggers, modules of all there is, and tensors compute to compare."""
+    from mindspore import Parameter, Tensor, nn
+
+    class Adapter(logging.LoggerAdapter[logging.Logger]):
+        pass
+
+    class Inner:
+        pass
+
+    class One:
+        log, np = logging.getLogger(__name__), np
+
+        def __init__(self) -> None:
+            self.log, self.adapter, self.np = type(self).log, Adapter(type(self).log, {}), np
+            self.tensor, self.cell = Tensor(np.ones(2)), nn.Dense(1, 1)
+            self.inner = Inner()
+            self.inner.weights = [Parameter(np.ones(2, np.float32))]
+            self.recent = deque([1.0])
+            self.chance = random.Random(0)
+            self.parts = np.array([np.ones(2), None], object)
+            self.kind = Inner
+
+    one = One()
+    before = attributes(one), class_attributes(One)
+    logging.getLogger(f"{__name__}.later")
+    assert changed(before[0], attributes(one)) == []
+    assert changed(before[1], class_attributes(One)) == []
+    one.tensor, one.inner.weights[0] = Tensor(np.ones(2)), Parameter(np.ones(2, np.float32))
+    one.recent.append(2.0)
+    one.chance.random()
+    one.parts[0][0] = 2.0
+    found = changed(before[0], attributes(one))
+    assert found == ["tensor", "inner", "recent", "chance", "parts"]
+
+
+def test_an_array_of_another_library_is_compared_element_by_element():
+    class Array:
+        def __ne__(self, other: object) -> Any:
+            return np.array([False, True])
+
+        __hash__ = None
+
+    assert changed({"a": Array()}, {"a": Array()}) == ["a"]
+
+
 def test_a_property_that_is_kept_is_no_change():
     one = type("One", (), {})()
     one.schedule = tiny_model().schedule
@@ -690,6 +754,12 @@ def test_state_that_does_not_come_back(subject, device):
     assert "its state_dict after load_state_dict differs in 0 state_dict.seen" in told
 
 
+def test_state_that_holds_a_number_that_is_not_one(subject, device):
+    """Before something is measured, for one."""
+    runs = Runs(subject(stateful(state="self.seen, 'none': float('nan')")))
+    run_checks.check_state(runs)
+
+
 def test_state_that_can_t_be_saved(subject, device):
     runs = Runs(subject(stateful(state="{1, 2}")))
     told = fault(run_checks.check_state, runs)
@@ -726,8 +796,8 @@ def test_a_package_that_changes_what_it_is_not_part_of_is_found(subject, site, p
 def test_a_pair_that_is_refused_by_both_names(site, subject, device):
     site.add("elm", source=HEAD + WEIGHT.format("noise.snr"))
     oak = subject(WEIGHT.format("noise.snr"))
-    for first in (True, False):
-        run_checks.check_pairing(oak, "elm", first)
+    for order in ("before", "after"):
+        run_checks.check_pairing(oak, "elm", order)
 
 
 @pytest.mark.parametrize(
@@ -743,7 +813,7 @@ def test_a_pair_that_is_refused_by_both_names(site, subject, device):
 def test_a_pair_that_fails_is_not_refused(site, subject, device, body, told):
     site.add("elm")
     source = BUILD.format(body)
-    message = fault(run_checks.check_pairing, subject(source), "elm", True)
+    message = fault(run_checks.check_pairing, subject(source), "elm", "before")
     assert "with --plugins oak,elm a run neither trains nor is refused: build_model:" in message
     assert told in message
 
@@ -751,11 +821,86 @@ def test_a_pair_that_fails_is_not_refused(site, subject, device, body, told):
 def test_a_partner_that_is_not_installed(site, subject):
     oak = subject("class Fake: pass")
     with pytest.raises(PluginError) as missing:
-        run_checks.check_pairing(oak, "edm", True)
+        run_checks.check_pairing(oak, "edm", "before")
     assert str(missing.value) == (
         "plugin edm is not installed, and the contract of oak (fake-oak 1.0) trains beside it; "
         "pip install 'sdxl-host[all]'"
     )
+
+
+def test_a_pair_draws_no_pictures_and_saves_nothing(site, subject, device):
+    """There are eight of them to a contract."""
+    site.add("elm")
+    oak = subject(WEIGHT.format("noise.snr"))
+    run_checks.check_pairing(oak, "elm", "before")
+    assert sorted(path.name for path in (oak.folder / "pair-oak-elm" / "run").glob("[!.]*")) == [
+        "config.yaml",
+        "metrics.jsonl",
+    ]
+
+
+# ---- in another process
+
+
+@pytest.mark.parametrize(
+    ("hook", "body"),
+    [
+        (
+            "sample_timesteps",
+            "@hookimpl(wrapper=True)\n"
+            "    def sample_timesteps(self):\n"
+            "        distribution = yield\n"
+            "        return distribution.reweighted(1.0 + np.arange(1000) * (hash('a') % 97))\n",
+        ),
+        (
+            "weight_loss",
+            "@hookimpl\n"
+            "    def weight_loss(self, noise):\n"
+            "        return noise.snr + [ord(n) for n in set('abcdefghijklmnopqrstuvwxyz')][0]\n",
+        ),
+        (
+            "encode_prompt",
+            "@hookimpl\n"
+            "    def encode_prompt(self, prompts, encoders):\n"
+            "        texts = [' '.join(set(prompt.split())) for prompt in prompts]\n"
+            "        return encode_plain(texts, encoders)\n",
+        ),
+    ],
+)
+def test_what_depends_on_hash_is_found(subject, hook, body):
+    told = fault(hashes.check_hashes, subject(f"class Fake:\n    {body}"))
+    assert f": {hook} answers otherwise in another process with the same seed; sort" in told
+
+
+def test_what_does_not_depend_on_hash_passes(subject):
+    hashes.check_hashes(subject(f"print('hello')\n{GOOD}", low=0.25))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("import os; os._exit(3)", "a process that calls its hooks ended with exit code 3"),
+        ("import os; os._exit(0)", "a process that calls its hooks ended without a word"),
+        ("raise ValueError('no')", "weight_loss: oak: plugin oak (fake-oak 1.0) raised ValueE"),
+    ],
+)
+def test_a_process_that_fails(subject, body, told):
+    oak = subject(
+        f"class Fake:\n    @hookimpl\n    def weight_loss(self, noise):\n        {body}\n"
+    )
+    assert told in fault(hashes.check_hashes, oak)
+
+
+def test_the_processes_need_no_mindspore(site):
+    site.add("oak", source=HEAD + GOOD)
+    code = (
+        "import sys, tempfile, pathlib\n"
+        "from sdxl_host.testing.hashes import digests\n"
+        "from sdxl_host.testing.subject import Subject\n"
+        "assert len(digests(Subject('oak', pathlib.Path(tempfile.mkdtemp())))) == 3\n"
+        "assert 'mindspore' not in sys.modules and 'pytest' not in sys.modules\n"
+    )
+    run_python(code, site.python_path)
 
 
 # ---- in pytest
@@ -791,6 +936,26 @@ def test_the_contract_in_pytest(site, pytester, device):
     result.stdout.fnmatch_lines(
         ["*what the plugins cost*", "oak (fake-oak 1.0): imported in * us a step (weight_loss *)"]
     )
+
+
+@pytest.mark.parametrize("steps", [1, 0])
+def test_a_contract_of_too_few_steps(site, pytester, steps):
+    site.add("oak")
+    source = CONTRACT.format(name="oak").replace("steps = 2", f"steps = {steps}")
+    pytester.makepyfile(source)
+    result = pytester.runpytest_inprocess("-k", "metadata")
+    result.stdout.fnmatch_lines([f"*TestContract: steps is {steps}; write at least 2, *"])
+
+
+def test_a_contract_knows_itself_by_any_spelling(site, pytester):
+    source = CONTRACT.format(name="light-ash").replace('"elm", ', '"sweet-elm", "light_ash", ')
+    pytester.makepyfile(source)
+    result = pytester.runpytest_inprocess("--collect-only", "-q")
+    lines = [line for line in result.outlines if "test_pairing" in line]
+    assert [line.partition("test_pairing")[2] for line in lines] == [
+        "[before sweet_elm]",
+        "[after sweet_elm]",
+    ]
 
 
 def test_a_contract_pairs_with_each_partner_before_and_after(site, pytester):

@@ -18,14 +18,20 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import importlib_metadata
+import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.hookspecs import HOOKS
-from sdxl_host.plugins import KNOWN_DISTRIBUTIONS, RESERVED_NAMES, discover, normalize
+from sdxl_host.plugins import (
+    KNOWN_DISTRIBUTIONS,
+    RESERVED_NAMES,
+    discover,
+    normalize,
+    package_names,
+)
 from sdxl_host.version import __version__
 
 __all__ = ["new_plugin"]
@@ -127,6 +133,8 @@ def _misnamed(name: str) -> str | None:
         )
     if keyword.iskeyword(name):
         return "is a word of the Python language"
+    if yaml.safe_load(name) != name:
+        return f"is read as {yaml.safe_load(name)} in a config"
     return "is a name that belongs to the host" if name in RESERVED_NAMES else None
 
 
@@ -138,8 +146,7 @@ def _taken(name: str) -> str | None:
     if name in KNOWN_DISTRIBUTIONS:
         return f"is the plugin of {KNOWN_DISTRIBUTIONS[name]}"
     distribution = canonicalize_name(name)
-    installed = {canonicalize_name(one.name) for one in importlib_metadata.distributions()}
-    if distribution in installed or distribution in KNOWN_DISTRIBUTIONS.values():
+    if distribution in package_names() or distribution in KNOWN_DISTRIBUTIONS.values():
         return f"is the name of the package {distribution}, which pip would replace"
     # The folder `tests` stands beside the module.
     if name == "tests" or importlib.util.find_spec(name) is not None:

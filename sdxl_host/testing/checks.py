@@ -27,11 +27,13 @@ from sdxl_host.testing.subject import Subject, check_array
 from sdxl_host.testing.watch import Watch
 
 __all__ = [
+    "PROMPTS",
     "check_build_model",
     "check_encode_prompt",
     "check_notes",
     "check_sample_timesteps",
     "check_weight_loss",
+    "levels_of",
 ]
 
 _ROUNDING = 1e-9
@@ -146,7 +148,8 @@ def _check_preconditioning(subject: Subject, model: DiffusionModel) -> None:
             'give its class a name = "..."; checkpoints and messages say it',
         )
     levels = _levels(model)
-    shaped = (levels, levels[:6].reshape(2, 3), levels[3].reshape(()))
+    # A narrow range has few of them.
+    shaped = (levels, np.resize(levels, (2, 3)), levels[len(levels) // 2].reshape(()))
     for name in _METHODS:
         for sigma in shaped:
             given = sigma.copy()
@@ -210,15 +213,15 @@ def check_sample_timesteps(subject: Subject) -> None:
         raise subject.fault(
             "its distribution has no schedule", "set self.schedule = model.schedule in __init__"
         )
-    sigma = _check_quantile(subject, distribution, model)
+    sigma = _check_quantile(subject, distribution, model, hooks.chain("sample_timesteps"))
     _check_cdf(subject, distribution, sigma)
     _check_rest(subject, distribution, sigma)
 
 
 def _check_quantile(
-    subject: Subject, distribution: Distribution, model: DiffusionModel
+    subject: Subject, distribution: Distribution, model: DiffusionModel, source: str
 ) -> np.ndarray:
-    """Returns sigma at `_DRAWS`."""
+    """Returns sigma at `_DRAWS`. source: who made the distribution."""
     for u in (_DRAWS, _EXTREMES, _DRAWS[:6].reshape(2, 3)):
         given = u.copy()
         with subject.asked("its distribution's quantile"):
@@ -246,8 +249,9 @@ def _check_quantile(
     inner = distribution.quantile(np.array([_OUTSIDE, 1.0 - _OUTSIDE]))
     if inner[0] < low * (1 - _TABLES) or inner[1] > high * (1 + _TABLES):
         raise subject.fault(
-            f"{1 - 2 * _OUTSIDE:.0%} of its draws reach from sigma {inner[0]:.4g} to "
-            f"{inner[1]:.4g}, and the model states the range from {low:.4g} to {high:.4g}",
+            f"{1 - 2 * _OUTSIDE:.0%} of the draws (sample_timesteps: {source}) reach from sigma "
+            f"{inner[0]:.4g} to {inner[1]:.4g}, and the model states the range from {low:.4g} to "
+            f"{high:.4g}",
             "draw inside that range, or state the true one in build_model: "
             "model.with_preconditioning(..., Sampling(spacing, sigma_min, sigma_max))",
         )
@@ -304,8 +308,7 @@ def check_weight_loss(subject: Subject) -> None:
     own range."""
     hooks = subject.hooks()
     model = subject.model(hooks)
-    noise = noise_levels()
-    sigma = noise.sigma if "weight_loss" in subject.roles else _levels(model)
+    sigma = levels_of(subject, model)
     # A few noise levels twice, and none in order.
     sigma = np.random.default_rng(0).permutation(np.concatenate([sigma, sigma[::40]]))
     distribution = hooks.sample_timesteps(model, 1)
@@ -330,6 +333,11 @@ def check_weight_loss(subject: Subject) -> None:
     for count in (1, 2):
         few = Noise.at(sigma[:count], model.schedule, distribution)
         _weights(subject, *_fresh(subject), few, step=1000)
+
+
+def levels_of(subject: Subject, model: DiffusionModel) -> np.ndarray:
+    """The noise levels at which its weights are asked for."""
+    return noise_levels().sigma if "weight_loss" in subject.roles else _levels(model)
 
 
 def _fresh(subject: Subject) -> tuple[Hooks, DiffusionModel]:

@@ -9,6 +9,7 @@ import pytest
 
 from sdxl_host.errors import HostError
 from sdxl_host.inspection import check_options
+from sdxl_host.plugins import normalize
 from sdxl_host.testing import checks, run_checks
 from sdxl_host.testing.run_checks import FIRST_PARTY, Runs
 
@@ -46,7 +47,8 @@ class PluginContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One `test_pairing` for each partner and order."""
         if {"partner", "order"} <= set(metafunc.fixturenames):
-            others = [name for name in self.pairings if name != self.plugin]
+            own = normalize(self.plugin)
+            others = [name for name in map(normalize, self.pairings) if name != own]
             pairs = [(name, order) for name in others for order in ("before", "after")]
             names = [f"{order} {name}" for name, order in pairs]
             metafunc.parametrize(("partner", "order"), pairs, ids=names)
@@ -116,11 +118,7 @@ class PluginContract:
 
     def test_pairing(self, contract_runs: Runs, partner: str, order: str) -> None:
         """Before or after another plugin it trains, or one of them is refused by name."""
-        _keep(
-            lambda: run_checks.check_pairing(
-                contract_runs.subject, partner, first=order == "before"
-            )
-        )
+        _keep(lambda: run_checks.check_pairing(contract_runs.subject, partner, order))
 
     def test_cost(
         self, contract_runs: Runs, record_property: Callable[[str, object], None]

@@ -83,6 +83,12 @@ def contract_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
             f'{contract.__name__}: names no plugin; write plugin = "the entry point\'s name"',
             pytrace=False,
         )
+    if contract.steps < 2:
+        pytest.fail(
+            f"{contract.__name__}: steps is {contract.steps}; write at least 2, because a run is "
+            "resumed in the middle",
+            pytrace=False,
+        )
     folder = tmp_path_factory.mktemp("contract")
     return Runs(Subject(contract.plugin, folder, contract.options, contract.steps))
 

@@ -17,7 +17,8 @@ from sdxl_host.hookspecs import HOOKS
 from sdxl_host.inspection import check_import
 from sdxl_host.options import first_line
 from sdxl_host.plugins import KNOWN_DISTRIBUTIONS, discover
-from sdxl_host.testing.runs import TinyRun, tiny_run
+from sdxl_host.testing.hashes import check_hashes
+from sdxl_host.testing.runs import TinyRun, train_tiny
 from sdxl_host.testing.snapshot import attributes, changed, class_attributes
 from sdxl_host.testing.subject import Subject
 from sdxl_host.testing.watch import Watch
@@ -40,6 +41,9 @@ __all__ = [
 
 FIRST_PARTY = tuple(KNOWN_DISTRIBUTIONS)
 _PLAIN_STEPS = 2
+# What is left out of runs that nobody looks at it of, for the sake of time.
+_PICTURES = ("Grids",)
+_ALL_BUT_METRICS = ("Grids", "Checkpoints")
 # Alone its options leave everything as it is.
 _PARTNER_OPTIONS: dict[str, dict[str, Any]] = {
     "timestep_bias": {"strategy": "later", "multiplier": 2.0}
@@ -102,7 +106,7 @@ class Runs:
         subject = self.subject
         return _attributed(
             subject,
-            lambda: tiny_run(
+            lambda: train_tiny(
                 [subject.name],
                 folder=subject.folder / name,
                 steps=subject.steps,
@@ -130,14 +134,16 @@ def _attributed(subject: Subject, train: Callable[[], TinyRun]) -> TinyRun:
 
 
 def check_determinism(runs: Runs) -> None:
-    """Two runs with one seed: metrics.jsonl and the weights are equal to the bit."""
-    difference = _difference(runs.whole, runs.train("again"))
+    """Two runs with one seed: metrics.jsonl and the weights are equal to the bit; and so are the
+    plugin's numbers in two processes, whose hash() differs."""
+    difference = _difference(runs.whole, runs.train("again", without=_PICTURES))
     if difference:
         raise runs.subject.fault(
             f"two runs with the same seed differ: {difference}",
             "draw from np.random.default_rng([a seed among the options, step]), and keep clocks, "
             "sets and what earlier runs left out of it",
         )
+    check_hashes(runs.subject)
 
 
 def check_resume(runs: Runs) -> None:
@@ -149,7 +155,7 @@ def check_resume(runs: Runs) -> None:
             f"it stops a run of {subject.steps} steps before step {runs.middle}",
             "set `options` of the contract so that it does not",
         )
-    difference = _difference(whole, runs.train("resumed", resume=checkpoint))
+    difference = _difference(whole, runs.train("resumed", resume=checkpoint, without=_PICTURES))
     if not difference:
         return
     told = f"a run resumed at step {runs.middle} differs from one that was not: {difference}"
@@ -210,8 +216,12 @@ def check_state(runs: Runs) -> None:
         other.load_state_dict(unpack(written, arrays))
     with subject.asked("state_dict"):
         again, others = packed(other.state_dict())
-    names = [name for name in {**written, **again} if written.get(name) != again.get(name)]
-    names += changed(arrays, others)
+    # As text, in which NaN is a value like others.
+    texts, after = (
+        {name: json.dumps(value, sort_keys=True) for name, value in each.items()}
+        for each in (written, again)
+    )
+    names = changed(texts, after) + changed(arrays, others)
     if names:
         raise subject.fault(
             f"its state_dict after load_state_dict differs in {', '.join(names)}",
@@ -235,7 +245,7 @@ def check_shared_state(runs: Runs) -> None:
 
 def plain_run(folder: Path) -> TinyRun:
     """A short run that sees no plugin: what `check_unused` compares with."""
-    return tiny_run((), folder=folder, steps=_PLAIN_STEPS)
+    return train_tiny((), folder=folder, steps=_PLAIN_STEPS, without=_PICTURES)
 
 
 def check_unused(subject: Subject, plain: TinyRun) -> None:
@@ -243,8 +253,12 @@ def check_unused(subject: Subject, plain: TinyRun) -> None:
     module = subject.installed.module
     before = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_under(n, module)}
     try:
-        run = tiny_run(
-            (), folder=subject.folder / "unused", steps=_PLAIN_STEPS, visible=[subject.name]
+        run = train_tiny(
+            (),
+            folder=subject.folder / "unused",
+            steps=_PLAIN_STEPS,
+            visible=[subject.name],
+            without=_PICTURES,
         )
         imported = [name for name in sys.modules if _is_under(name, module)]
     finally:
@@ -268,8 +282,8 @@ def _is_under(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def check_pairing(subject: Subject, partner: str, first: bool) -> None:
-    """With `partner` before it (`first`: after it), it trains or is refused by both names."""
+def check_pairing(subject: Subject, partner: str, order: str) -> None:
+    """Before or after `partner`, as `order` says, it trains or is refused by both names."""
     if partner not in {plugin.name for plugin in discover()}:
         remedy = "pip install the package that provides it"
         if partner in KNOWN_DISTRIBUTIONS:
@@ -278,11 +292,11 @@ def check_pairing(subject: Subject, partner: str, first: bool) -> None:
             f"plugin {partner} is not installed, and the contract of {subject.installed} trains "
             f"beside it; {remedy}"
         )
-    names = [subject.name, partner] if first else [partner, subject.name]
+    names = [subject.name, partner] if order == "before" else [partner, subject.name]
     options = {subject.name: subject.options, partner: _PARTNER_OPTIONS.get(partner, {})}
     folder = subject.folder / "-".join(["pair", *names])
     try:
-        tiny_run(names, folder=folder, steps=1, options=options)
+        train_tiny(names, folder=folder, steps=1, options=options, without=_ALL_BUT_METRICS)
     except Exception as error:
         if _is_refusal(error, names):
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sdxl_host.training.trainer import Trainer
 
-__all__ = ["TinyRun", "only", "tiny_config", "tiny_run"]
+__all__ = ["TinyRun", "only", "tiny_config", "tiny_run", "train_tiny"]
 
 TINY = "tiny.yaml"
 SEED = 42
@@ -75,7 +75,7 @@ def only(names: Sequence[str]) -> Iterator[None]:
 
 
 def _package(entry: importlib_metadata.EntryPoint) -> str:
-    return entry.dist.name if entry.dist else ""
+    return plugin_packages.package_name(entry.dist) if entry.dist else ""
 
 
 def tiny_config(
@@ -116,7 +116,6 @@ def tiny_run(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     resume: Path | None = None,
     save_every: int = 1000,
-    visible: Sequence[str] | None = None,
     prepare: Callable[[Trainer], None] | None = None,
 ) -> TinyRun:
     """Trains configs/tiny.yaml for `steps` updates on the CPU, eagerly, in this process.
@@ -129,10 +128,39 @@ def tiny_run(
         resume: a checkpoint's folder; its run is copied into `folder` first and goes on there, so
             that the one it came from stays as it is.
         save_every: steps between checkpoints; the last step always has one.
-        visible: names that discovery sees, where that shall differ from `plugins`.
         prepare: called with the trainer before its first step.
 
     Raises HostError as `sdxl-host train` does.
+    """
+    return train_tiny(
+        plugins,
+        folder=folder,
+        steps=steps,
+        seed=seed,
+        options=options,
+        resume=resume,
+        save_every=save_every,
+        prepare=prepare,
+    )
+
+
+def train_tiny(
+    plugins: Sequence[str],
+    *,
+    folder: Path,
+    steps: int,
+    seed: int = SEED,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    resume: Path | None = None,
+    save_every: int = 1000,
+    prepare: Callable[[Trainer], None] | None = None,
+    visible: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> TinyRun:
+    """`tiny_run`, with what the checks need besides.
+
+    visible: names that discovery sees, where that shall differ from `plugins`. without: the
+    trainer's observers to leave out, of Grids and Checkpoints, by the names of their classes.
     """
     _device()
     flags = ["--total_step", str(steps), "--seed", str(seed), "--guidance_scale", "1"]
@@ -148,7 +176,8 @@ def tiny_run(
     trainer = Trainer(config, lines.append)
     if prepare is not None:
         prepare(trainer)
-    trainer.run()
+    with _left_out(without):
+        trainer.run()
     metrics = (trainer.save_path / "metrics.jsonl").read_bytes()
     return TinyRun(
         losses=[json.loads(line)["loss"] for line in metrics.splitlines()],
@@ -157,6 +186,33 @@ def tiny_run(
         save_path=trainer.save_path,
         lines=tuple(lines),
     )
+
+
+@contextmanager
+def _left_out(names: Sequence[str]) -> Iterator[None]:
+    """Inside, a trainer that begins has observers that do nothing in the place of these."""
+    from sdxl_host.training import trainer
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(setattr, trainer, name, getattr(trainer, name))
+            setattr(trainer, name, _Idle)
+        yield
+
+
+class _Idle:
+    """An observer that does nothing and has nothing to show."""
+
+    last = None
+
+    def __init__(self, *arguments: Any) -> None:
+        """Takes what the one in whose place it is takes."""
+
+    def on_step_end(self, trainer: Trainer, result: Any) -> None:
+        """Nothing is done."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 @cache

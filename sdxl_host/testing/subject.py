@@ -15,10 +15,10 @@ from sdxl_host.config import RunConfig
 from sdxl_host.errors import HostError, PluginError, did_you_mean
 from sdxl_host.hooks import Hooks, Plugin, implementations
 from sdxl_host.host import Defaults
-from sdxl_host.inspection import check_metadata, make_instance
+from sdxl_host.inspection import check_metadata
 from sdxl_host.model import DiffusionModel
 from sdxl_host.options import build_options, first_line
-from sdxl_host.plugins import Installed, discover, import_class, normalize
+from sdxl_host.plugins import Installed, discover, import_class, make_instance, normalize
 from sdxl_host.testing.runs import tiny_config
 
 __all__ = ["Subject", "check_array"]

@@ -127,7 +127,7 @@ class LossAware:
         # A range of which nothing is known yet is taken for an average one.
         roots = np.sqrt(np.nan_to_num(self.moments, nan=measured.mean()))
         wanted = roots[self._bins(source.schedule)]
-        borders = source.schedule.sigma(np.arange(1, len(wanted)) - 0.5)
-        masses = np.diff(np.concatenate([[0.0], source.cdf(borders), [1.0]]))
+        inner = source.cdf(source.schedule.edges[1:-1])
+        masses = np.diff(np.concatenate([[0.0], inner, [1.0]]))
         floor = self.options.floor
         return source.reweighted(floor + (1.0 - floor) * wanted / (masses @ wanted))
