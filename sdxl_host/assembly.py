@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from mindspore import Parameter, nn
 from mindspore.nn.utils import no_init_parameters
 
@@ -15,6 +18,7 @@ from sdxl_host.errors import ConfigError, DataError, PluginError
 from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.host import Defaults
 from sdxl_host.model import DiffusionModel
+from sdxl_host.plugins import make_instance
 from sdxl_host.weights import files
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
@@ -28,6 +32,7 @@ from sdxl_host.weights.names import single_file_parameters
 from sdxl_host.weights.source import Source, open_all
 
 __all__ = [
+    "AVERAGES_FILE",
     "FROZEN_FILE",
     "NETWORK_FILE",
     "Parts",
@@ -41,24 +46,26 @@ __all__ = [
 
 NETWORK_FILE = "network.safetensors"
 FROZEN_FILE = "frozen.safetensors"
+AVERAGES_FILE = "ema.safetensors"
 
 
 def make_hooks(config: RunConfig) -> Hooks:
     """The hooks of a run, with each selected plugin and its options."""
     plugins = []
     for selected in config.plugins:
-        try:
-            arguments = () if selected.options is None else (selected.options,)
-            instance = selected.cls(*arguments)
-        except PluginError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"plugin {selected.installed}: could not be made from its options: "
-                f"{type(error).__name__}: {error}; mend the plugin, or run without it"
-            ) from error
+        instance = make_instance(selected.installed, selected.cls, selected.options)
         plugins.append(Plugin(selected.installed, selected.options, instance))
     return Hooks(Defaults(), plugins)
+
+
+class SavedWeights(Protocol):
+    """A checkpoint, as far as weights go."""
+
+    folder: Path
+
+    def averages(self) -> dict[str, np.ndarray]:
+        """The moving averages by name; empty where none were kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,13 @@ class Parts:
     frozen: dict[str, Parameter]
     trained: list[Parameter]
 
-    def load(self, checkpoint: Path) -> None:
-        """Takes all weights from a checkpoint folder."""
-        for parameters, name in ((self.network, NETWORK_FILE), (self.frozen, FROZEN_FILE)):
-            files.assign(parameters, files.read(checkpoint / name), str(checkpoint / name))
+    def digest(self) -> str:
+        """Of all weights."""
+        found = hashlib.sha256()
+        for name, parameter in {**self.network, **self.frozen}.items():
+            found.update(name.encode("utf-8"))
+            found.update(parameter.asnumpy().tobytes())
+        return found.hexdigest()
 
 
 def open_weight(weight: str) -> Source | None:
@@ -157,10 +167,18 @@ def _check_heads(stated: Architecture, model: DiffusionModel, source: str) -> No
             raise ConfigError(f"{where}: {ours} does not fit {source}, which has {theirs}")
 
 
-def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -> Parts:
-    """Builds the networks; weights are initial ones, or come from `source`.
+def make_parts(
+    model: DiffusionModel,
+    seed: int,
+    source: Source | None = None,
+    checkpoint: SavedWeights | None = None,
+    averaged: bool = False,
+) -> Parts:
+    """Builds the networks; their weights are those of `checkpoint`, else come from `source`, else
+    are initial ones.
 
-    Network changes of plugins are made after the weights are loaded.
+    Network changes of plugins are made after the weights of `source` are loaded, and before those
+    of `checkpoint`. averaged: its moving averages in place of the weights they are of.
     """
     with no_init_parameters():  # as in `check_fit`
         cell = model.network
@@ -172,14 +190,28 @@ def make_parts(model: DiffusionModel, seed: int, source: Source | None = None) -
         frozen.update(single_file_parameters(encoder, prefix))
     if first_stage is not None:
         frozen.update(single_file_parameters(first_stage, AUTOENCODER_PREFIX))
-    if source is None:
-        _initialize(cell, network, encoders, first_stage, seed)
-    else:
+    if source is not None:
         if source.architecture is not None:
             _check_heads(source.architecture, model, source.description)
         files.load({**network, **frozen}, source)
+    if checkpoint is None:
+        if source is None:
+            _initialize(cell, network, encoders, first_stage, seed)
+        network, trained = change_network(model, network)
+        cell.recompute_blocks()
+        return Parts(cell, network, frozen, trained)
+    file, frozen_file = checkpoint.folder / NETWORK_FILE, checkpoint.folder / FROZEN_FILE
+    weights = files.read(file)
+    if averaged:
+        weights |= checkpoint.averages()
+    if model.changes:
+        # A change may look at the weights it finds, so they are there before it as well as after.
+        files.assign(network, {n: array for n, array in weights.items() if n in network}, str(file))
     network, trained = change_network(model, network)
     cell.recompute_blocks()
+    files.assign(network, weights, str(file))
+    del weights
+    files.assign(frozen, files.read(frozen_file), str(frozen_file))
     return Parts(cell, network, frozen, trained)
 
 

@@ -124,7 +124,9 @@ def _assemble(tree: DictConfig, lines: Arguments, path: str) -> RunConfig:
     tree.plugins = {p.installed.name: asdict(p.options) if p.options else {} for p in selected}
     _check_parts(settings["train"], settings["data"], settings["optim"])
     plain = _plain(tree)
-    notices += idle_params(plain["model"], "model") + idle_params(plain["data"], "data")
+    notices += _idle_settings(settings["train"])
+    for section in ("model", "data", "optim"):
+        notices += idle_params(plain[section], section)
     OmegaConf.set_readonly(tree, True)
     return RunConfig(
         tree,
@@ -177,12 +179,36 @@ def _check_parts(train: TrainSettings, data: DataSettings, optim: OptimSettings)
             "train.negative_prompt: has no effect at guidance_scale 1; raise it, or leave the "
             "prompt out"
         )
+    if train.sink_queue_size == 0:
+        raise ConfigError(
+            "train.sink_queue_size: a queue of 0 steps holds nothing; give at least 1, or -1 for "
+            "MindSpore's own size"
+        )
     for key, node in (
         ("data.dataset_config", data.dataset_config),
         ("optim.optimizer_config", optim.optimizer_config),
     ):
         if not node:
             raise ConfigError(f"{key}: needs a `target` and may have `params`; add it")
+
+
+# Settings that matter only where another one is on.
+_SWITCHED_BY = {
+    "max_grad_norm": "clip_grad",
+    "ema_decay": "use_ema",
+    "sink_size": "data_sink",
+    "sink_queue_size": "data_sink",
+}
+
+
+def _idle_settings(train: TrainSettings) -> list[str]:
+    """A line for each setting that was changed and, with its switch off, has no effect."""
+    usual = TrainSettings()
+    return [
+        f"train.{name} has no effect: {switch} is off"
+        for name, switch in _SWITCHED_BY.items()
+        if getattr(train, name) != getattr(usual, name) and not getattr(train, switch)
+    ]
 
 
 # ---- files

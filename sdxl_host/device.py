@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
 import warnings
 
 from sdxl_host.errors import ConfigError
 
-__all__ = ["on_ascend", "prepare_device"]
+__all__ = ["has_bfloat16", "limit_memory", "on_ascend", "prepare_device"]
 
 
 def prepare_device(target: str = "auto") -> str:
@@ -27,6 +30,7 @@ def prepare_device(target: str = "auto") -> str:
         # set before the first operator runs. It is undocumented and untested on Ascend, so only
         # the CPU gets it; set it to 0 to opt out.
         os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+    _flush_subnormals()
     # Warnings of its own about operators and deprecations would bury what the run has to say.
     os.environ.setdefault("GLOG_v", "3")
     with warnings.catch_warnings():
@@ -46,8 +50,59 @@ def prepare_device(target: str = "auto") -> str:
     return chosen
 
 
+def _flush_subnormals() -> None:
+    """Numbers below 1e-38 become 0 in this thread and in those it starts from now on.
+
+    On x86 MindSpore's own threads do it, and the one that calls them would not. How many of them an
+    operator uses it tries out, by the clock, so without this two equal runs could differ.
+    """
+    import numpy as np
+
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # kept by NumPy, which warns where it can't find subnormal numbers later
+    library = ctypes.CDLL(None)
+    environment = (ctypes.c_uint32 * 8)()  # fenv_t; its last word is the register MXCSR
+    library.fegetenv(environment)
+    environment[7] |= 0x8040  # results and operands: FTZ and DAZ
+    library.fesetenv(environment)
+
+
 def on_ascend() -> bool:
     """Whether MindSpore computes on an Ascend device."""
     import mindspore as ms
 
     return ms.get_current_device().device_target == "Ascend"
+
+
+def limit_memory(most: str) -> None:
+    """Lets MindSpore take at most this much of the device's memory, such as "59GB"; "" sets none.
+
+    Before anything runs there. Raises ConfigError for a text that is no size, and on the CPU, whose
+    memory MindSpore does not limit.
+    """
+    if not most:
+        return
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?GB", most):
+        raise ConfigError(f"--max_device_memory {most}: is no size; write it as 59GB")
+    if not on_ascend():
+        raise ConfigError(
+            f"--max_device_memory {most}: limits an Ascend device, and this run is on the CPU; "
+            "leave it out"
+        )
+    import mindspore as ms
+
+    ms.runtime.set_memory(max_size=most)
+
+
+def has_bfloat16() -> bool:
+    """Whether the device computes in bfloat16: Ascend from 910B on; not the CPU, nor older ones."""
+    return on_ascend() and _ascend_generation() not in ("ascend910", "ascend310", "ascend310p")
+
+
+def _ascend_generation() -> str:
+    """What MindSpore calls the chip, such as "ascend910b"; empty where there is none."""
+    from mindspore._c_expression import MSContext
+
+    return MSContext.get_instance().get_ascend_soc_version()

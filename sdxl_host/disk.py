@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_new"]
+__all__ = ["sync", "sync_tree", "write_new"]
 
 
 def write_new(path: Path, content: bytes) -> None:
@@ -16,10 +16,16 @@ def write_new(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Syncs a folder's entries: the names of what was made, renamed or removed in it."""
+def sync(folder: Path) -> None:
+    """Syncs a folder's entries: the names of what was made, renamed or removed in it. Or a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Syncs a folder and all that is in it, whoever wrote it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -155,11 +155,19 @@ class StandardDiffusionLoss:
         self.offset_noise_level = offset_noise_level
 
 
+def _first_stage(node: Node, where: str, scale_factor: float, keeps_float32: bool) -> Any:
+    where = f"{where}.first_stage_config"
+    first_stage = build(node, "first_stage", where, scale_factor=scale_factor)
+    first_stage.keeps_float32 = keeps_float32
+    return first_stage
+
+
 class DiffusionEngine:
     """The whole of the `model` section.
 
     scale_factor: latents are the first stage's output times this (0.13025 for SDXL's autoencoder).
-    disable_first_stage_amp: True; the first stage computes in float32.
+    disable_first_stage_amp: True, and the first stage computes in float32 at every precision level;
+    False, and it follows `train.ms_amp_level`.
     """
 
     def __init__(
@@ -174,10 +182,6 @@ class DiffusionEngine:
         disable_first_stage_amp: bool = True,
     ) -> None:
         where = "model.params"
-        if not disable_first_stage_amp:
-            raise ValueError(
-                "disable_first_stage_amp must be True: the first stage is float32 here"
-            )
         if scale_factor <= 0:
             raise ValueError(f"scale_factor must be above 0, not {scale_factor}")
         denoiser = build(denoiser_config or _DENOISER, "denoiser", f"{where}.denoiser_config")
@@ -204,11 +208,8 @@ class DiffusionEngine:
             conditioner_part=conditioner,
             network_part=Lazy(lambda: build(network_config, "network", f"{where}.network_config")),
             first_stage_part=Lazy(
-                lambda: build(
-                    first_stage_config,
-                    "first_stage",
-                    f"{where}.first_stage_config",
-                    scale_factor=scale_factor,
+                lambda: _first_stage(
+                    first_stage_config, where, scale_factor, disable_first_stage_amp
                 )
             ),
             encoders_part=Lazy(lambda: conditioner.get().encoders),

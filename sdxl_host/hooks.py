@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +224,21 @@ class Hooks:
             links += [name for role in roles if role == Implementation(hook, "adapts")]
         return " -> ".join(links)
 
+    def observing(self, hooks: Sequence[str]) -> list[tuple[Installed, str]]:
+        """The plugins that observe steps and answer one of `hooks`, each with that hook."""
+        found = []
+        for plugin in self.plugins:
+            own = [role.hook for role in self._roles[plugin.name]]
+            answered = [hook for hook in hooks if hook in own]
+            if "on_step_end" in own and answered:
+                found.append((plugin.installed, answered[0]))
+        return found
+
+    def observing_plugins(self) -> set[str]:
+        """The names of the plugins that observe steps."""
+        observer = Implementation("on_step_end", "observes")
+        return {name for name, roles in self._roles.items() if observer in roles}
+
     def describe(self) -> list[str]:
         """One line a plugin: its package and what it does to which hook."""
         lines = []
@@ -251,19 +267,35 @@ class Hooks:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The state of every plugin that keeps one, by name."""
-        stateful = [p for p in self.plugins if hasattr(p.instance, "state_dict")]
-        return {plugin.name: plugin.instance.state_dict() for plugin in stateful}
-
-    def load_state_dict(self, states: dict[str, dict[str, Any]]) -> None:
-        """Gives each plugin back what its `state_dict` returned."""
+        states = {}
         for plugin in self.plugins:
-            if hasattr(plugin.instance, "load_state_dict"):
-                if plugin.name not in states:
-                    raise PluginError(
-                        f"plugin {plugin.installed}: the checkpoint holds no state of it; "
-                        "start a new run"
-                    )
-                plugin.instance.load_state_dict(states[plugin.name])
+            if hasattr(plugin.instance, "state_dict"):
+                with self._blamed(plugin, "state_dict"):
+                    states[plugin.name] = plugin.instance.state_dict()
+        return states
+
+    def load_state_dict(
+        self, states: Mapping[str, dict[str, Any]], is_lenient: bool = False
+    ) -> list[str]:
+        """Gives each plugin back what its `state_dict` returned.
+
+        is_lenient: a plugin without saved state begins anew, and a line returned says so.
+        """
+        notes = []
+        for plugin in self.plugins:
+            if not hasattr(plugin.instance, "load_state_dict"):
+                continue
+            if plugin.name in states:
+                with self._blamed(plugin, "load_state_dict"):
+                    plugin.instance.load_state_dict(states[plugin.name])
+            elif is_lenient:
+                notes.append(f"the state of {plugin.installed} begins anew")
+            else:
+                raise PluginError(
+                    f"plugin {plugin.installed}: the checkpoint holds no state of it; "
+                    "start a new run"
+                )
+        return notes
 
     # ---- registration
 
@@ -328,6 +360,15 @@ class Hooks:
             f"{hook}: {chain}: plugin {plugin.installed} {verb} {told}; mend the plugin, or run "
             f"without it"
         ) from error
+
+    @contextmanager
+    def _blamed(self, plugin: Plugin, method: str) -> Iterator[None]:
+        """What is raised inside is the plugin's, in a method that is no hook."""
+        try:
+            yield
+        except Exception as error:
+            self._blame(plugin.name, method, error)
+            raise
 
     # ---- checks of what came back
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from sdxl_host import plugins as plugin_packages
 from sdxl_host.errors import ConfigError, PluginError, did_you_mean
 from sdxl_host.plugins import KNOWN_DISTRIBUTIONS, Installed
-from sdxl_host.settings import FLAG_HOMES, NOT_YET, TrainSettings
+from sdxl_host.settings import FLAG_HOMES, NOT_YET, OLD_FLAGS, TrainSettings
 
 __all__ = ["Selection"]
 
@@ -91,6 +91,8 @@ class Selection:
         raise self._unknown(flag, prefixed)
 
     def _unknown(self, flag: str, prefixed: list[str]) -> ConfigError:
+        if flag in OLD_FLAGS:
+            return ConfigError(f"--{flag}: was a flag of the old trainer; {OLD_FLAGS[flag]}")
         known = [field.name for field in fields(TrainSettings)]
         known += [*FLAG_HOMES, *NOT_YET, "plugins", "config"]
         for name in prefixed:

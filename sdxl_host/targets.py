@@ -41,8 +41,10 @@ class Target:
 _NUM_IDX = "the discretization's num_timesteps says it"
 _FLIP = "timesteps always ascend with the noise here"
 _APPEND_ZERO = "training never uses the added zero"
+_RATES_ARE_TOLD = "metrics.jsonl holds every learning rate"
 _DIFFUSION = "gm.modules.diffusionmodules."
 _EMBEDDERS = "gm.modules.embedders.modules."
+_SCHEDULES = "sdxl_host.training.schedules:"
 
 _TARGETS = (
     Target(
@@ -183,14 +185,38 @@ _TARGETS = (
     Target(
         "LambdaWarmUpScheduler",
         "scheduler",
-        "sdxl_host.training.optimizer:LambdaWarmUpScheduler",
+        _SCHEDULES + "LambdaWarmUpScheduler",
         ("gm.lr_scheduler.LambdaWarmUpScheduler",),
+    ),
+    Target("LinearScheduler", "scheduler", _SCHEDULES + "LinearScheduler"),
+    Target("CosineScheduler", "scheduler", _SCHEDULES + "CosineScheduler"),
+    Target(
+        "MultiStepScheduler",
+        "scheduler",
+        _SCHEDULES + "MultiStepScheduler",
+        ("gm.lr_scheduler.MultiStepLR",),
+        idle={"verbose": _RATES_ARE_TOLD},
+    ),
+    Target(
+        "LambdaWarmUpCosineScheduler",
+        "scheduler",
+        _SCHEDULES + "LambdaWarmUpCosineScheduler",
+        ("gm.lr_scheduler.LambdaWarmUpCosineScheduler",),
+        idle={"verbosity_interval": _RATES_ARE_TOLD},
+    ),
+    Target(
+        "LambdaWarmUpCosineScheduler2",
+        "scheduler",
+        _SCHEDULES + "LambdaWarmUpCosineScheduler2",
+        ("gm.lr_scheduler.LambdaWarmUpCosineScheduler2",),
+        idle={"verbosity_interval": _RATES_ARE_TOLD},
     ),
     Target(
         "LambdaLinearScheduler",
         "scheduler",
-        "sdxl_host.training.optimizer:LambdaLinearScheduler",
+        _SCHEDULES + "LambdaLinearScheduler",
         ("gm.lr_scheduler.LambdaLinearScheduler",),
+        idle={"verbosity_interval": _RATES_ARE_TOLD},
     ),
     Target(
         "Text2ImageDataset",

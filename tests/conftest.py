@@ -102,11 +102,16 @@ class Site:
         return os.pathsep.join([str(self.folder), str(host), *filter(None, [_outer_path()])])
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever compares with golden arrays is run by `make parity` too."""
+    """Whatever compares with golden arrays is run by `make parity` too. The tests of a file stay in
+    one process, because they share fixtures; so do all that use the fresh environment."""
     for item in items:
-        if "golden" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "golden" in fixtures:
             item.add_marker(pytest.mark.parity)
+        group = "fresh environment" if "environment" in fixtures else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 from sdxl_host.errors import DataError, PluginError
 from sdxl_host.training.checkpoint import (
     Checkpoint,
+    Contents,
     find_latest,
     open_checkpoint,
     save_checkpoint,
@@ -43,8 +44,10 @@ def save(parent: Path, step: int, **changes: Any) -> Path:
         "plugin_states": {"snr": {"seen": step, "mean": np.arange(3.0)}, "lpw": {}},
         "plugins": PLUGINS,
         "record": {"size": [32, 32], "objective": "eps"},
+        "averages": arrays(step + 200),
+        "counts": {"skipped": 3, "skipped_in_a_row": 1},
     }
-    return save_checkpoint(parent, step, **(given | changes))
+    return save_checkpoint(parent, Contents(step=step, **(given | changes)))
 
 
 def assert_equal(first: Any, second: Any) -> None:
@@ -107,6 +110,7 @@ def test_the_folder_is_complete(tmp_path):
     assert set(listed) == set(contents(folder)) - {"state.json"}
     assert set(listed) == {
         "config.yaml",
+        "ema.safetensors",
         "frozen.safetensors",
         "lora.txt",
         "network.safetensors",
@@ -287,6 +291,7 @@ def test_a_plugin_s_state_that_can_t_be_saved(tmp_path, state, message):
 def listed_files() -> list[str]:
     return [
         "config.yaml",
+        "ema.safetensors",
         "frozen.safetensors",
         "network.safetensors",
         "optimizer.safetensors",
@@ -327,7 +332,7 @@ def test_another_format_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "{}", '{"format": 1}', '{"format": 1, "files": {}}', "\udcff"]
+    "text", ["", "{", "[]", "3", "{}", '{"format": 2}', '{"format": 2, "files": {}}', "\udcff"]
 )
 def test_a_damaged_state_file_is_named(tmp_path, text):
     """Cut short, of another kind, incomplete or not text."""

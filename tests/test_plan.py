@@ -690,7 +690,7 @@ def caption_missing(here: Path) -> list[str]:
 
 SHORT = (
     "optim.scheduler_config={target: sdxl_host.LambdaLinearScheduler, params: {warm_up_steps: [0], "
-    "f_min: [1.0], f_max: [1.0], f_start: [1.0], cycle_lengths: [2.0]}}"
+    "f_min: [1.0], f_max: [1.0], f_start: [1.0], cycle_lengths: [1.0]}}"
 )
 
 
@@ -716,7 +716,7 @@ SHORT = (
          "context_dim: 48 does not fit the text encoders, which give 32"),
         (lambda here: ["data.dataset_config.params.target_size=15"], "target_size 15x15: height"),
         (lambda here: [SHORT], "optim.scheduler_config.params: LambdaLinearScheduler: the cycles"),
-        (lambda here: ["--use_ema", "True"], "--use_ema True: averaging of weights is not part"),
+        (lambda here: ["--cache_latent", "True"], "--cache_latent True: caching is not part"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_leave_nothing(

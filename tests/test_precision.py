@@ -22,15 +22,16 @@ from safetensors.numpy import load_file
 from sdxl_host.config import load
 from sdxl_host.errors import ConfigError, HostError
 from sdxl_host.models.embedding import sinusoids
+from sdxl_host.models.layers import Conv2d, Dense
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.sampling.restore import restore_sampler
 from sdxl_host.training import report, trainer
 from sdxl_host.training import step as step_module
 from sdxl_host.training.observers import FiniteGuard
 from sdxl_host.training.optimizer import AdamW
-from sdxl_host.training.precision import LOSS_SCALE, PRECISIONS, apply_precision, is_half
+from sdxl_host.training.precision import LEVELS, LOSS_SCALE, apply_precision, is_half
 from sdxl_host.training.result import StepResult
-from sdxl_host.training.step import TrainStep, compiled
+from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -123,19 +124,32 @@ def assert_close(actual: Arrays, expected: Arrays, tolerance: float) -> None:
 # ---- types
 
 
-@pytest.mark.parametrize("level", ["O0", "O2", "O3"])
-def test_what_each_cell_of_the_network_computes_in(level):
-    """And what does not change with the level: sinusoids, parameters and gradients are float32."""
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_what_each_cell_of_the_network_computes_in(level, monkeypatch):
+    """What each is multiplied in and what comes out of it; and what does not change with the level:
+    sinusoids, parameters and gradients are float32."""
     network = UNetModel(3, 3, 32, [1, 2], 1, [2], [0, 1], 32, 32, 64)
     apply_precision(network, level)
-    seen: dict[str, Any] = {}
+    names = {id(cell): name for name, cell in network.cells_and_names()}
+    computed: dict[str, Any] = {}
+    answered: dict[str, Any] = {}
     times = []
-    kinds = (nn.Dense, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.SiLU)
-    watched = [(name, c) for name, c in network.cells_and_names() if isinstance(c, kinds)]
-    for name, cell in watched:
-        cell.register_forward_hook(
-            lambda cell, inputs, output, name=name: seen.update({name: output.dtype})
-        )
+    kinds = (Dense, Conv2d, nn.LayerNorm, nn.GroupNorm, nn.SiLU)
+
+    def watch(kind, seen):
+        construct = kind.construct
+
+        def watched(self, x):
+            output = construct(self, x)
+            seen[names[id(self)]] = output.dtype
+            return output
+
+        monkeypatch.setattr(kind, "construct", watched)
+
+    for kind in kinds:
+        watch(kind, answered)
+    for kind in (nn.Dense, nn.Conv2d):
+        watch(kind, computed)
     network.time_embed.register_forward_hook(lambda cell, inputs, output: times.append(inputs[0]))
     parameters = list(network.get_parameters())
     scale = 256.0 if is_half(level) else None
@@ -147,12 +161,18 @@ def test_what_each_cell_of_the_network_computes_in(level):
     (_, loss, _), gradients = step.gradient(*map(Tensor, arrays))
 
     assert np.isfinite(loss.asnumpy())
-    multiplied = ms.float32 if level == "O0" else ms.float16
+    low = ms.float32 if level == "O0" else ms.float16
     rest = ms.float16 if level == "O3" else ms.float32
-    for name, cell in watched:
-        is_product = isinstance(cell, nn.Dense | nn.Conv2d)
-        assert seen[name] == (multiplied if is_product else rest), name
-    assert {type(cell) for _, cell in watched} == set(kinds)
+    cells = {name: cell for name, cell in network.cells_and_names() if isinstance(cell, kinds)}
+    assert answered.keys() == cells.keys()
+    for name, cell in cells.items():
+        if not isinstance(cell, Dense | Conv2d):
+            assert answered[name] == rest, name
+            continue
+        assert computed[name] == low, name
+        is_summed = level == "O1" and not name.endswith((".to_q", ".to_k", ".to_v"))
+        assert answered[name] == (ms.float32 if is_summed else low), name
+    assert {type(cell) for cell in cells.values()} == set(kinds)
     assert [time.dtype for time in times] == [ms.float32]
     np.testing.assert_allclose(times[0].asnumpy(), sinusoids(arrays[2][5], 32), atol=1e-4)
     assert loss.dtype == ms.float32
@@ -162,10 +182,10 @@ def test_what_each_cell_of_the_network_computes_in(level):
 
 def test_the_level_is_a_setting():
     assert load(["--config", TINY]).train.ms_amp_level == "O0"
-    for level in PRECISIONS:
+    for level in LEVELS:
         assert load(["--config", TINY, "--ms_amp_level", level]).train.ms_amp_level == level
-    with pytest.raises(ConfigError, match=r"ms_amp_level.*O1"):
-        load(["--config", TINY, "--ms_amp_level", "O1"])
+    with pytest.raises(ConfigError, match=r"ms_amp_level.*O4"):
+        load(["--config", TINY, "--ms_amp_level", "O4"])
 
 
 # ---- what the scale leaves as it is
@@ -284,7 +304,11 @@ def test_compiled_equals_eager(monkeypatch):
     """At O2, over a growth and an overflow; the scale reported is the one that was used."""
     monkeypatch.setattr(step_module, "_GROWTH_INTERVAL", 2)
     steps = [make_step(64.0, "O2", 2.0) for _ in range(2)]
-    graph, eager = (compiled(s, e) for s, e in zip(steps, (False, True), strict=True))
+    runners = (StepRunner(s, e) for s, e in zip(steps, (False, True), strict=True))
+    graph, eager = (
+        lambda *inputs, runner=runner: runner([[array.asnumpy() for array in inputs]])
+        for runner in runners
+    )
     for k, used in enumerate(USED):
         inputs = make_inputs(k, spoiled=k == 3)
         actual, expected = run(graph, inputs), run(eager, inputs)
@@ -417,7 +441,7 @@ def test_the_start_says_the_precision(runs, monkeypatch, level):
     told = {"O0": "float32", "O2": "float16 but for norms and SiLU, weights in float32"}
     assert f"precision   {level}, {told[level]}" in said
     monkeypatch.setattr(report, "on_ascend", lambda: True)
-    lines = report.start_lines(made, OPTIMIZER, None, None)
+    lines = report.start_lines(made, OPTIMIZER, None, [], None)
     attention = next(line for line in lines if line.startswith("attention"))
     assert ("needs float16 or bfloat16" in attention) == (level == "O0")
 

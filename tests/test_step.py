@@ -16,14 +16,9 @@ from sdxl_host.diffusion.preconditioning import (
     VPreconditioning,
 )
 from sdxl_host.diffusion.schedule import Schedule
-from sdxl_host.training.optimizer import (
-    AdamW,
-    AdamWeightDecay,
-    LambdaWarmUpScheduler,
-    Optimizer,
-    learning_rates,
-)
-from sdxl_host.training.step import TrainStep, compiled, decayed
+from sdxl_host.training.optimizer import AdamW, AdamWeightDecay, Optimizer
+from sdxl_host.training.schedules import LambdaWarmUpScheduler, learning_rates
+from sdxl_host.training.step import StepRunner, TrainStep, decayed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -437,7 +432,11 @@ def test_compiled_equals_eager():
     them not finite, give what eager steps give but for float32 rounding."""
     rates = np.arange(1, 11) / 1000
     steps = [make_step(rates=rates, max_grad_norm=2.0) for _ in range(2)]
-    calls = [compiled(step, eager) for step, eager in zip(steps, (False, True), strict=True)]
+    runners = [StepRunner(step, eager) for step, eager in zip(steps, (False, True), strict=True)]
+    calls = [
+        lambda *inputs, runner=runner: runner([[array.asnumpy() for array in inputs]])
+        for runner in runners
+    ]
     finites = []
     for k in range(6):
         batch = spoiled("nan latent") if k == 3 else make_batch(k)

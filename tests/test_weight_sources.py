@@ -760,23 +760,25 @@ RECORD = {
 
 @pytest.fixture
 def checkpoint(small_model, tmp_path) -> Path:
-    from sdxl_host.training.checkpoint import save_checkpoint
+    from sdxl_host.training.checkpoint import Contents, save_checkpoint
 
     arrays = {n: a for n, a in small_model.arrays.items() if n != POSITIONS}
-    return save_checkpoint(
-        tmp_path / "checkpoints",
-        7,
-        yaml.safe_dump(CONFIG),
-        {n: a for n, a in arrays.items() if n.startswith(UNET)},
-        {n: a for n, a in arrays.items() if not n.startswith(UNET)},
-        {"m": np.zeros(1, np.float32)},
-        {},
-        [
+    contents = Contents(
+        step=7,
+        config=yaml.safe_dump(CONFIG),
+        network={n: a for n, a in arrays.items() if n.startswith(UNET)},
+        frozen={n: a for n, a in arrays.items() if not n.startswith(UNET)},
+        averages={},
+        optimizer={"m": np.zeros(1, np.float32)},
+        counts={"skipped": 0, "skipped_in_a_row": 0},
+        plugin_states={},
+        plugins=[
             {"name": "edm", "distribution": "sdxl-edm", "version": "0.1.0"},
             {"name": "lpw", "distribution": "sdxl-lpw", "version": "0.1.0"},
         ],
-        RECORD,
+        record=RECORD,
     )
+    return save_checkpoint(tmp_path / "checkpoints", contents)
 
 
 def test_a_checkpoint_is_read(checkpoint, small_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ def convert(arguments: Sequence[str]) -> int:
                         help="precision of the weights [each as it is in SRC]")  # fmt: skip
     parser.add_argument("--head_width", type=int, metavar="N",
                         help="of an attention head, where SRC does not say it [64]")  # fmt: skip
+    parser.add_argument("--last-weights", action="store_true",
+                        help="of a checkpoint that keeps moving averages, the weights of its last "
+                             "step instead")  # fmt: skip
     parser.add_argument("--allow-unmarked-objective", action="store_true",
                         help="write a single file even where other programs can't tell what the "
                              "network predicts")  # fmt: skip
@@ -47,7 +51,7 @@ def convert(arguments: Sequence[str]) -> int:
         raise ConfigError("SRC: is empty; sdxl-host convert --help tells how to call it")
     target: Path = options.target.expanduser()
     _check_name(target)
-    _run(paths, target, options.dtype, options.head_width, options.allow_unmarked_objective)
+    _run(paths, target, options)
     return 0
 
 
@@ -68,12 +72,13 @@ def _check_name(target: Path) -> None:
         )
 
 
-def _run(
-    paths: Sequence[Path], target: Path, dtype: str | None, head_width: int | None, unmarked: bool
-) -> None:
+def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> None:
+    dtype, head_width = options.dtype, options.head_width
+    unmarked = options.allow_unmarked_objective
     from sdxl_host.device import prepare_device
 
     prepare_device("CPU")
+    from sdxl_host.assembly import AVERAGES_FILE
     from sdxl_host.weights.architecture import completed
     from sdxl_host.weights.metadata import (
         SDXL_SCALE_FACTOR,
@@ -86,7 +91,12 @@ def _run(
     from sdxl_host.weights.source import open_all
     from sdxl_host.weights.writer import write_diffusers, write_single_file
 
-    source = open_all(paths)
+    if options.last_weights and not any((path / AVERAGES_FILE).is_file() for path in paths):
+        raise ConfigError(
+            "--last-weights: SRC keeps no moving averages, so its weights are those of the last "
+            "step; leave the flag out"
+        )
+    source = open_all(paths, use_averages=not options.last_weights)
     print(f"source      {source.description}")
     for note in source.notes:
         print(f"note        {note}")

@@ -127,15 +127,18 @@ def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
     from sdxl_host.assembly import check_fit, make_hooks, open_weight, weight_lines
     from sdxl_host.curves import curves, start_lines, table_lines
     from sdxl_host.planning import model_parts
+    from sdxl_host.training.report import samples_of
     from sdxl_host.training.resume import find_checkpoint
 
-    checkpoint = find_checkpoint(config)
-    source = open_weight(config.train.weight)
     dataset, optimizer_notes = _other_sections(config)
+    # Of one device: how many there will be is not known here.
+    update = config.data.per_batch_size * config.train.gradient_accumulation_steps
+    checkpoint, _ = find_checkpoint(config, samples_of(update, dataset))
+    source = open_weight(config.train.weight) if checkpoint is None else None
 
     asked = make_hooks(config)
     if checkpoint is not None:
-        asked.load_state_dict(checkpoint.plugin_states())
+        asked.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
     before, after = curves(asked, config.tree)
 
     # Hooks of their own: those of the curves have been asked for a step.
@@ -179,7 +182,7 @@ def _objective_lines(
         f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
         *(f"            {line}" for line in hooks.describe()),
         f"objective   {model.preconditioning.name}",
-        *compute_lines(model.network, config.train.ms_amp_level),
+        *compute_lines(model.network, config.train),
         f"device      {device}",
     ]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["sample"]
 
 # Settings of training that say how the network runs, so drawing heeds them too.
-_SHARED = ("ms_mode", "ms_amp_level", "device_target")
+_SHARED = ("ms_mode", "ms_amp_level", "ms_amp_dtype", "device_target")
 _CONFIG = "configs/inference/sd_xl_base.yaml"
 _EPILOG = """\
 With --checkpoint the model and its plugins are those it was trained with. With --weight the model
@@ -57,12 +57,13 @@ def _parser() -> Parser:
         description="Draw pictures from a checkpoint, or from a file of weights.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="a folder below checkpoints/ of a run")
     add("--weight", metavar="PATH", help="a file or folder of weights, as for training")
     add("--config", metavar="FILE", help=f"the model of --weight [{_CONFIG}]")
+    add("--use_ema", type=_truth, metavar="BOOL",
+        help="draw from a checkpoint's moving averages [where it keeps them]")  # fmt: skip
     add("--prompt", required=True, action="append", help="give it once a picture")
     add("--negative_prompt", metavar="TEXT", help="what guidance leads away from [zero embedding]")
     add("--steps", type=int, default=25, help="sampling steps [25]")
@@ -84,6 +85,12 @@ def _parser() -> Parser:
     add("--negative_aesthetic_score", type=float, metavar="S", help="the same without prompt [2.5]")
     add("--out", type=Path, default=Path("grid.png"), help="PNG file [grid.png]")
     return parser
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be True or False")
+    return text.lower() == "true"
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -110,6 +117,10 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
                 f"{rest[0]}: not understood; with --checkpoint the model's settings are its own "
                 "(sdxl-host sample --help lists what may be given)"
             )
+    elif options.use_ema is not None:
+        raise ConfigError(
+            "--use_ema: chooses between the weights of a --checkpoint; leave it out with --weight"
+        )
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: must be at least 1")
     if options.seed < 0:
@@ -187,7 +198,7 @@ def _sampler(
         prepare_device()
         from sdxl_host.sampling.restore import restore_sampler
 
-        return restore_sampler(options.checkpoint, **told)
+        return restore_sampler(options.checkpoint, options.use_ema, **told)
 
     from sdxl_host.config import load_model, picture_size
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 from sdxl_host.config import RunConfig, load
@@ -16,18 +18,31 @@ def train(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(_help())
         return 0
-    run(load(arguments))
-    return 0
+    return run(load(arguments))
 
 
-def run(config: RunConfig) -> None:
-    """Trains as `config` says, saying on standard output what is done."""
-    from sdxl_host.device import prepare_device
+def run(config: RunConfig) -> int:
+    """Trains as `config` says, saying on standard output what is done; returns the exit code."""
+    from sdxl_host.device import limit_memory, prepare_device
+    from sdxl_host.training.compile_cache import use_compile_cache
 
+    use_compile_cache(config)
     prepare_device(config.train.device_target)
+    limit_memory(config.train.max_device_memory)
     from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.workers import join
 
-    Trainer(config, say=lambda line: print(line, flush=True)).run()
+    workers = join(config.train.is_parallel)
+    return Trainer(config, _say, workers).run()
+
+
+def _say(line: str) -> None:
+    """Prints a line at once, to whoever is there to read it."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        # The reader has gone, as `tee` does at Ctrl-C; the run has a checkpoint to save yet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help() -> str:
@@ -49,7 +64,7 @@ def _help() -> str:
         "",
         "With no --config, trains a small model on pictures that the package carries.",
         "",
-        *(f"  --{name:<22}{kind:<26}{text}" for name, kind, text in flags),
+        *(f"  --{name:<28}{kind:<26}{text}" for name, kind, text in flags),
         "",
         f"Plugins installed: {names}. An option of a plugin is a flag too, --snr_gamma 5.0, and",
         "selects it; sdxl-host plugins --check lists them.",

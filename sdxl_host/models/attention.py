@@ -8,6 +8,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from sdxl_host.models.layers import Dense
+
 __all__ = [
     "ATTENTION_TYPES",
     "FLASH_WIDTH",
@@ -188,10 +190,10 @@ class CrossAttention(nn.Cell):
     def __init__(self, query_dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Dense(query_dim, query_dim, has_bias=False)
-        self.to_k = nn.Dense(context_dim, query_dim, has_bias=False)
-        self.to_v = nn.Dense(context_dim, query_dim, has_bias=False)
-        self.to_out = nn.SequentialCell(nn.Dense(query_dim, query_dim))
+        self.to_q = Dense(query_dim, query_dim, has_bias=False)
+        self.to_k = Dense(context_dim, query_dim, has_bias=False)
+        self.to_v = Dense(context_dim, query_dim, has_bias=False)
+        self.to_out = nn.SequentialCell(Dense(query_dim, query_dim))
 
     def construct(self, x, context, bias):
         """x (B, L, C), context (B, Lk, context_dim), bias (B, 1, Lk) or None -> (B, L, C)."""
@@ -229,7 +231,7 @@ class GEGLU(nn.Cell):
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Dense(dim, inner_dim * 2)
+        self.proj = Dense(dim, inner_dim * 2)
 
     def construct(self, x):
         """(B, L, dim) -> (B, L, inner_dim)."""
@@ -243,7 +245,7 @@ class FeedForward(nn.Cell):
     def __init__(self, dim: int) -> None:
         super().__init__()
         # The empty place in the middle is the original's dropout: it keeps `net.2` in its place.
-        self.net = nn.SequentialCell(GEGLU(dim, dim * 4), nn.Identity(), nn.Dense(dim * 4, dim))
+        self.net = nn.SequentialCell(GEGLU(dim, dim * 4), nn.Identity(), Dense(dim * 4, dim))
 
     def construct(self, x):
         """(B, L, dim) -> (B, L, dim)."""
@@ -280,11 +282,11 @@ class SpatialTransformer(nn.Cell):
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.proj_in = nn.Dense(channels, channels)
+        self.proj_in = Dense(channels, channels)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(channels, context_dim, heads, flash) for _ in range(depth)]
         )
-        self.proj_out = nn.Dense(channels, channels)
+        self.proj_out = Dense(channels, channels)
 
     def construct(self, x, context, bias):
         """x (B, C, H, W), context (B, Lk, context_dim), bias (B, 1, Lk) -> (B, C, H, W)."""

@@ -12,6 +12,7 @@ from mindspore import nn, ops
 
 from sdxl_host.errors import did_you_mean
 from sdxl_host.models.attention import BlockwiseAttention
+from sdxl_host.models.layers import Conv2d
 from sdxl_host.models.unet import Upsample
 
 __all__ = ["AutoencoderKL"]
@@ -20,10 +21,8 @@ _KEYS = ("ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels", "out_ch
 _GROUPS = 32  # of every group norm in the original
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_channels, out_channels, kernel, pad_mode="pad", padding=kernel // 2, has_bias=True
-    )
+def _conv(in_channels: int, out_channels: int, kernel: int) -> Conv2d:
+    return Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -75,9 +74,7 @@ class _Downsample(nn.Cell):
     def __init__(self, channels: int) -> None:
         super().__init__()
         # One row and one column of zeros, below and to the right only, as in the original.
-        self.conv = nn.Conv2d(
-            channels, channels, 3, stride=2, pad_mode="pad", padding=(0, 1, 0, 1), has_bias=True
-        )
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=(0, 1, 0, 1))
 
     def construct(self, x):
         return self.conv(x)

@@ -1,7 +1,8 @@
 """The first stage: pixels to latents and back.
 
 A first stage has `channels` of a latent, `downsampling` (a picture's side over its latent's),
-`is_sampled` (whether `encode` takes noise), `encode`, `decode` and `cell` (its network, or None).
+`is_sampled` (whether `encode` takes noise), `encode`, `decode`, `cell` (its network, or None) and
+`keeps_float32` (whether it does at every precision level).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class IdentityFirstStage:
     downsampling = 1
     is_sampled = False
     cell = None
+    keeps_float32 = True
 
     def __init__(self, scale_factor: float) -> None:
         self.scale_factor = scale_factor
@@ -42,13 +44,15 @@ class IdentityFirstStage:
 
 
 class AutoencoderKLInferenceWrapper:
-    """SDXL's autoencoder, frozen and in float32, behind a numpy interface.
+    """SDXL's autoencoder, frozen, behind a numpy interface.
 
     Pictures are taken one at a time: a latent is the same bit for bit whatever batch it is in, and
-    the memory needed is that of one picture.
+    the memory needed is that of one picture. keeps_float32: whether it computes in float32 at every
+    precision level, as SDXL's must, whose activations overflow float16.
     """
 
     is_sampled = True
+    keeps_float32 = True
 
     def __init__(
         self, ddconfig: Mapping[str, Any], scale_factor: float, embed_dim: int = 4
@@ -65,7 +69,8 @@ class AutoencoderKLInferenceWrapper:
         noise: unit noise (B, C, h, w) to sample the posterior with; None gives its mean.
         """
         rows = [self.cell.moments(Tensor(row[None], ms.float32)).asnumpy() for row in pixels]
-        mean, log_variance = np.split(np.concatenate(rows), 2, axis=1)
+        moments = np.concatenate(rows).astype(np.float32)
+        mean, log_variance = np.split(moments, 2, axis=1)
         if noise is not None:
             mean = mean + np.exp(0.5 * np.clip(log_variance, *_LOG_VARIANCE)) * noise
         return self.scale_factor * mean
@@ -74,4 +79,4 @@ class AutoencoderKLInferenceWrapper:
         """latents (B, C, h, w), scaled -> pixels (B, 3, H, W) float32, about in [-1, 1]."""
         unscaled = (latents / self.scale_factor).astype(np.float32)
         rows = [self.cell.decode_latents(Tensor(row[None])).asnumpy() for row in unscaled]
-        return np.concatenate(rows)
+        return np.concatenate(rows).astype(np.float32)

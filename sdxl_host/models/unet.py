@@ -18,16 +18,15 @@ from sdxl_host.models.attention import (
     mask_bias,
 )
 from sdxl_host.models.embedding import sinusoidal_embedding
+from sdxl_host.models.layers import Conv2d, Dense
 
 __all__ = ["UNetModel"]
 
 _GROUPS = 32  # of every group norm in the original
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_channels, out_channels, 3, stride=stride, pad_mode="pad", padding=1, has_bias=True
-    )
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 3, stride, padding=1)
 
 
 class ResBlock(nn.Cell):
@@ -38,7 +37,7 @@ class ResBlock(nn.Cell):
         self.in_layers = nn.SequentialCell(
             nn.GroupNorm(_GROUPS, channels), nn.SiLU(), _conv3x3(channels, out_channels)
         )
-        self.emb_layers = nn.SequentialCell(nn.SiLU(), nn.Dense(emb_channels, out_channels))
+        self.emb_layers = nn.SequentialCell(nn.SiLU(), Dense(emb_channels, out_channels))
         # The third place is the original's dropout: it keeps the convolution at `out_layers.3`.
         self.out_layers = nn.SequentialCell(
             nn.GroupNorm(_GROUPS, out_channels),
@@ -47,9 +46,7 @@ class ResBlock(nn.Cell):
             _conv3x3(out_channels, out_channels),
         )
         self.skip_connection = (
-            nn.Identity()
-            if channels == out_channels
-            else nn.Conv2d(channels, out_channels, 1, has_bias=True)
+            nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
         )
 
     def construct(self, x, emb):
@@ -180,12 +177,10 @@ class UNetModel(nn.Cell):
         )
         emb_dim = model_channels * 4
         self.time_embed = nn.SequentialCell(
-            nn.Dense(model_channels, emb_dim), nn.SiLU(), nn.Dense(emb_dim, emb_dim)
+            Dense(model_channels, emb_dim), nn.SiLU(), Dense(emb_dim, emb_dim)
         )
         self.label_emb = nn.SequentialCell(
-            nn.SequentialCell(
-                nn.Dense(adm_in_channels, emb_dim), nn.SiLU(), nn.Dense(emb_dim, emb_dim)
-            )
+            nn.SequentialCell(Dense(adm_in_channels, emb_dim), nn.SiLU(), Dense(emb_dim, emb_dim))
         )
 
         def transformer(channels: int, level: int) -> SpatialTransformer:

@@ -13,16 +13,19 @@ from sdxl_host.errors import ConfigError
 from sdxl_host.model import DiffusionModel
 from sdxl_host.sampling.sampler import KEYS, Conditions, PictureSampler
 from sdxl_host.training.checkpoint import open_checkpoint
-from sdxl_host.training.precision import apply_precision
+from sdxl_host.training.precision import check_precision, set_precision
 
 __all__ = ["restore_sampler", "weight_sampler"]
 
 
-def restore_sampler(folder: Path, **told: Any) -> tuple[PictureSampler, list[str]]:
+def restore_sampler(
+    folder: Path, use_ema: bool | None = None, **told: Any
+) -> tuple[PictureSampler, list[str]]:
     """A sampler with the checkpoint's weights and hooks, and lines that say what it is.
 
-    told: fields of `Conditions` that differ from what the model was trained on. Raises HostError
-    when the folder is no whole checkpoint, or a plugin it was trained with is not installed.
+    use_ema: draw from the moving averages; None for where the checkpoint keeps them. told: fields
+    of `Conditions` that differ from what the model was trained on. Raises HostError when the folder
+    is no whole checkpoint, or a plugin it was trained with is not installed.
     """
     checkpoint = open_checkpoint(folder.expanduser().resolve())
     config = restore(checkpoint.config_file)
@@ -35,12 +38,20 @@ def restore_sampler(folder: Path, **told: Any) -> tuple[PictureSampler, list[str
         aesthetic_score=record.get("aesthetic_score", Conditions.aesthetic_score),
     )
     conditions = _conditions(model, trained, told)
-    make_parts(model, config.train.seed).load(checkpoint.folder)
-    apply_precision(model.network, config.train.ms_amp_level)
+    has_averages = checkpoint.has_averages
+    if use_ema and not has_averages:
+        raise ConfigError(
+            f"--use_ema True: {folder} keeps no moving averages, because it was trained without; "
+            "leave the flag out"
+        )
+    averaged = has_averages if use_ema is None else use_ema
+    make_parts(model, config.train.seed, checkpoint=checkpoint, averaged=averaged)
+    check_precision(config.train)
+    set_precision(model, config.train)
     hooks.load_state_dict(checkpoint.plugin_states())
     names = ", ".join(f"{p['name']} {p['version']}" for p in checkpoint.plugins) or "none"
     lines = [
-        f"checkpoint  {folder} (step {checkpoint.step})",
+        f"checkpoint  {folder} (step {checkpoint.step}{', moving averages' if averaged else ''})",
         f"plugins     {names}",
         _objective(model),
     ]
@@ -68,7 +79,8 @@ def weight_sampler(
         usual = replace(usual, original_size=told["size"])
     conditions = _conditions(model, usual, told)
     make_parts(model, config.train.seed, source)
-    apply_precision(model.network, config.train.ms_amp_level)
+    check_precision(config.train)
+    set_precision(model, config.train)
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
     lines = [
         *(weight_lines(source, model) if source is not None else []),

@@ -19,35 +19,38 @@ __all__ = ["Batch", "Batches"]
 
 @dataclass(frozen=True)
 class Batch:
-    """The G samples of one step.
+    """What a worker needs of one step: S of its G samples, and of the others what hooks are told.
 
-    pixels: (G, 3, H, W) float32. sizes: (G, 2) for each size key. noise: (G, C, h, w) float32, unit
-    noise with its offset. posterior: unit noise of that shape for a first stage that samples its
-    latents, else None. level_u, dropout_u: (G,) uniforms for noise level and caption dropout.
+    names: of all G samples. level_u: (G,) uniforms for the noise levels. Of the worker's own, in
+    their order: captions; pixels (S, 3, H, W) float32; sizes, (S, 2) for each size key; noise
+    (S, C, h, w) float32, unit noise with its offset; posterior, unit noise of that shape for a
+    first stage that samples its latents, else None; dropout_u (S,), uniforms for caption dropout.
     """
 
     step: int
-    samples: list[Sample]
+    names: list[str]
+    level_u: np.ndarray
+    captions: list[str]
     pixels: np.ndarray
     sizes: dict[str, np.ndarray]
     noise: np.ndarray
     posterior: np.ndarray | None
-    level_u: np.ndarray
     dropout_u: np.ndarray
 
 
 class Batches:
     """The batch of any step, a function of (seed, step).
 
-    latent_shape: (C, h, w) of the noise. offset_noise_level: standard deviation of the constant
-    added to each channel's noise. is_sampled: whether the first stage takes noise. threads: how
-    many load pictures.
+    places: the worker's own, within the global batch. latent_shape: (C, h, w) of the noise.
+    offset_noise_level: standard deviation of the constant added to each channel's noise.
+    is_sampled: whether the first stage takes noise. threads: how many load pictures.
     """
 
     def __init__(
         self,
         dataset: Text2ImageDataset,
         order: Order,
+        places: range,
         seed: int,
         latent_shape: tuple[int, int, int],
         offset_noise_level: float,
@@ -56,6 +59,7 @@ class Batches:
     ) -> None:
         self._dataset = dataset
         self._order = order
+        self._places = places
         self._seed = seed
         self._latent_shape = latent_shape
         self._offset = np.float32(offset_noise_level)
@@ -64,9 +68,8 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, from 1. Raises DataError naming a picture that can't be read."""
-        indices = self._order.indices(step)
-        places = range(len(indices))
-        samples = list(
+        indices, places = self._order.indices(step), self._places
+        samples: list[Sample] = list(
             self._loaders.map(
                 lambda place: self._dataset.sample(
                     indices[place], generator(self._seed, Stream.CROP, step, place)
@@ -84,7 +87,9 @@ class Batches:
             posterior = normals(self._seed, Stream.POSTERIOR, step, places, self._latent_shape)
         return Batch(
             step=step,
-            samples=samples,
+            names=[self._dataset.pictures[index].name for index in indices],
+            level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, range(len(indices))),
+            captions=[sample.caption for sample in samples],
             pixels=np.stack([sample.pixels for sample in samples]),
             sizes={
                 key: np.asarray([sample.sizes[key] for sample in samples])
@@ -92,7 +97,6 @@ class Batches:
             },
             noise=noise,
             posterior=posterior,
-            level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, places),
             dropout_u=uniforms(self._seed, Stream.DROPOUT, step, places),
         )
 

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,40 @@ from typing import Any
 import importlib_metadata
 import numpy as np
 
-from sdxl_host.assembly import FROZEN_FILE, NETWORK_FILE
-from sdxl_host.disk import sync_folder, write_new
+from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
+from sdxl_host.disk import sync, sync_tree, write_new
 from sdxl_host.errors import DataError, PluginError
 from sdxl_host.training.state import pack, unpack
 from sdxl_host.version import __version__
 from sdxl_host.weights import files
 
-__all__ = ["Checkpoint", "find_latest", "open_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Contents",
+    "find_latest",
+    "open_checkpoint",
+    "remove_older",
+    "save_checkpoint",
+]
 
-FORMAT = 1
+FORMAT = 2
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
 _OLD = ".old-"
+_GONE = ".gone-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder whose files are all there and unchanged.
 
-    step: updates made. versions: of the packages it was written with. plugins: name, distribution
-    and version of each. record: what was learned and on what, as `Trainer.record` makes it.
+    step: of the run, updates made or skipped. versions: of the packages it was written with.
+    plugins: name, distribution and version of each. record: what was learned and on what. counts:
+    of skipped updates, as `FiniteGuard` keeps them.
     """
 
     folder: Path
@@ -50,11 +60,26 @@ class Checkpoint:
     versions: dict[str, str]
     plugins: list[dict[str, str]]
     record: dict[str, Any]
+    counts: dict[str, int]
 
     @property
     def config_file(self) -> Path:
         """The settings of the run that wrote it."""
         return self.folder / CONFIG_FILE
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether it holds the optimizer's state: not where save_optimizer was False."""
+        return (self.folder / OPTIMIZER_FILE).is_file()
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether it keeps moving averages."""
+        return (self.folder / AVERAGES_FILE).is_file()
+
+    def averages(self) -> dict[str, np.ndarray]:
+        """The moving averages of the trained parameters by name; empty where none were kept."""
+        return files.read(self.folder / AVERAGES_FILE) if self.has_averages else {}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name."""
@@ -70,41 +95,55 @@ class Checkpoint:
         return states
 
 
-def save_checkpoint(
-    parent: Path,
-    step: int,
-    config: str,
-    network: Mapping[str, np.ndarray],
-    frozen: Mapping[str, np.ndarray],
-    optimizer: Mapping[str, np.ndarray],
-    plugin_states: Mapping[str, Any],
-    plugins: list[dict[str, str]],
-    record: Mapping[str, Any],
-    export: Any = None,
-) -> Path:
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint, its arrays by name.
+
+    config: YAML text. network, frozen: all weights. averages: of the trained ones; empty for none.
+    optimizer: its state, or None for a checkpoint that can't be resumed. The rest as `Checkpoint`
+    has it; export: called with the new folder, to add files of its own.
+    """
+
+    step: int
+    config: str
+    network: Mapping[str, np.ndarray]
+    frozen: Mapping[str, np.ndarray]
+    averages: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray] | None
+    counts: Mapping[str, int]
+    plugin_states: Mapping[str, Any]
+    plugins: list[dict[str, str]]
+    record: Mapping[str, Any]
+    export: Callable[[Path], None] | None = None
+
+
+def save_checkpoint(parent: Path, contents: Contents) -> Path:
     """Writes `parent/step_NNNNNNNN` and points `latest` at it; returns the folder.
 
-    config: YAML text. export: called with the new folder, to add files of its own. Raises
-    DataError when the disk refuses.
+    Raises DataError when the disk refuses.
     """
-    folder = parent / f"step_{step:08d}"
+    record = json.dumps(contents.record)
+    metadata = {"format": "sdxl-host", "step": str(contents.step), "record": record}
+    folder = parent / f"step_{contents.step:08d}"
     partial = parent / f"{_PARTIAL}{folder.name}"
-    metadata = {"format": "sdxl-host", "step": str(step), "record": json.dumps(record)}
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(parent)
         partial.mkdir()
-        files.write(partial / NETWORK_FILE, network, metadata)
-        _write_frozen(parent, partial / FROZEN_FILE, frozen)
-        files.write(partial / OPTIMIZER_FILE, optimizer, {})
-        write_new(partial / CONFIG_FILE, config.encode("utf-8"))
+        files.write(partial / NETWORK_FILE, contents.network, metadata)
+        _write_frozen(parent, partial / FROZEN_FILE, contents.frozen)
+        if contents.averages:
+            files.write(partial / AVERAGES_FILE, contents.averages, metadata)
+        if contents.optimizer is not None:
+            files.write(partial / OPTIMIZER_FILE, contents.optimizer, {})
+        write_new(partial / CONFIG_FILE, contents.config.encode("utf-8"))
         (partial / "plugins").mkdir()
-        for name, state in plugin_states.items():
+        for name, state in contents.plugin_states.items():
             _write_plugin_state(partial / "plugins", name, state)
-        if export is not None:
-            export(partial)
-        write_new(partial / STATE_FILE, _described(partial, step, plugins, record).encode("utf-8"))
-        sync_folder(partial)
+        if contents.export is not None:
+            _export(contents.export, partial)
+        write_new(partial / STATE_FILE, _described(partial, contents).encode("utf-8"))
+        sync_tree(partial)
         _put_in_place(partial, folder)
         _point_latest(parent, folder)
     except OSError as error:
@@ -115,6 +154,23 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # renamed already where all went well
     return folder
+
+
+def remove_older(parent: Path, kept: int) -> None:
+    """Removes all checkpoints but the `kept` newest, by when they were written; never the one that
+    `latest` points to. A crash half-way leaves no half of one. Raises DataError."""
+    latest = (parent / _LATEST).resolve().name
+    by_age = sorted(_by_age(parent), key=lambda folder: folder.name != latest)
+    for folder in reversed(by_age[kept:]):
+        gone = parent / f"{_GONE}{folder.name}"
+        try:
+            os.rename(folder, gone)
+            shutil.rmtree(gone)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: can't be removed ({error.strerror or error}), as --max_num_ckpt {kept} "
+                "asks; look at its permissions"
+            ) from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -133,9 +189,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{folder}: has the checkpoint format {state['format']}, and this version reads "
                 f"{FORMAT}; use the version that wrote it (sdxl-host {writer})"
             )
+        if state.pop("sha256") != _hash_of(state):
+            raise DataError(f"{state_file}: was changed or damaged; use an earlier checkpoint")
         hashes: dict[str, str] = state["files"]
         found = Checkpoint(
-            folder, state["step"], state["versions"], state["plugins"], state["record"]
+            folder,
+            state["step"],
+            state["versions"],
+            state["plugins"],
+            state["record"],
+            state["counts"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{state_file}: is damaged; use an earlier checkpoint") from error
@@ -144,7 +207,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not file.is_file():
             raise DataError(f"{file}: is missing; use an earlier checkpoint")
         if _hash(file) != expected:
-            raise DataError(f"{file}: was changed or damaged; use an earlier checkpoint")
+            remedy = "use an earlier checkpoint"
+            if name == FROZEN_FILE and file.stat().st_nlink > 1:
+                remedy = "the run's other checkpoints share it, so bring it back from a copy"
+            raise DataError(f"{file}: was changed or damaged; {remedy}")
     return found
 
 
@@ -152,17 +218,41 @@ def find_latest(save_path: Path) -> Path:
     """The newest checkpoint of the newest run in `save_path` (or of the run `save_path` is)."""
     if not save_path.is_dir():
         raise DataError(f"--resume latest: {save_path} is not there; give --save_path of the run")
-    runs = [save_path, *sorted((p for p in save_path.iterdir() if p.is_dir()), reverse=True)]
+    inner = [path for path in save_path.iterdir() if path.is_dir()]
+    runs = [save_path, *sorted(inner, key=_written, reverse=True)]
     for run in runs:
-        latest = run / "checkpoints" / _LATEST
-        if latest.is_dir():
-            return latest.resolve()
+        parent = run / CHECKPOINTS
+        if (parent / _LATEST).is_dir():
+            return (parent / _LATEST).resolve()
+        # A crash before `latest` was swapped, or the checkpoint it points to was removed by hand.
+        for newest in _by_age(parent)[:1]:
+            return newest.resolve()
     raise DataError(
         f"--resume latest: no run in {save_path} has a checkpoint; give --save_path of the run"
     )
 
 
+def _written(run: Path) -> tuple[int, str]:
+    """When the newest checkpoint of a run was written; 0 where it has none."""
+    newest = _by_age(run / CHECKPOINTS)[:1]
+    return max((f / STATE_FILE).stat().st_mtime_ns for f in newest) if newest else 0, run.name
+
+
+def _by_age(parent: Path) -> list[Path]:
+    """The checkpoints in `parent`, the one that was written last first."""
+    whole = [folder for folder in parent.glob("step_*") if (folder / STATE_FILE).is_file()]
+    return sorted(whole, key=lambda f: (f / STATE_FILE).stat().st_mtime_ns, reverse=True)
+
+
 # ---- writing
+
+
+def _export(export: Callable[[Path], None], folder: Path) -> None:
+    """Lets plugins add files of their own, and syncs those."""
+    before = set(folder.rglob("*"))
+    export(folder)
+    for file in set(folder.rglob("*")) - before:
+        sync(file)
 
 
 def _write_frozen(parent: Path, file: Path, frozen: Mapping[str, np.ndarray]) -> None:
@@ -188,22 +278,26 @@ def _write_plugin_state(folder: Path, name: str, state: Any) -> None:
         files.write(folder / f"{name}.safetensors", arrays, {})
 
 
-def _described(
-    folder: Path, step: int, plugins: list[dict[str, str]], record: Mapping[str, Any]
-) -> str:
+def _described(folder: Path, contents: Contents) -> str:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     packages = ("mindspore", "numpy", "safetensors")
     versions = {"sdxl-host": __version__, "python": platform.python_version()}
     versions |= {name: importlib_metadata.version(name) for name in packages}
     state = {
         "format": FORMAT,
-        "step": step,
+        "step": contents.step,
         "versions": versions,
-        "plugins": plugins,
-        "record": dict(record),
+        "plugins": contents.plugins,
+        "record": dict(contents.record),
+        "counts": dict(contents.counts),
         "files": {name: _hash(folder / name) for name in names},
     }
-    return json.dumps(state, indent=1) + "\n"
+    return json.dumps({**state, "sha256": _hash_of(state)}, indent=1) + "\n"
+
+
+def _hash_of(state: Mapping[str, Any]) -> str:
+    """Of what a state file says, whatever spaces it is written with."""
+    return hashlib.sha256(json.dumps(state).encode("utf-8")).hexdigest()
 
 
 def _hash(file: Path) -> str:
@@ -223,8 +317,9 @@ def _clear_leftovers(parent: Path) -> None:
             shutil.rmtree(old)
         else:
             os.rename(old, place)
-    for leftover in parent.glob(f"{_PARTIAL}step_*"):
-        shutil.rmtree(leftover)
+    for kind in (_PARTIAL, _GONE):
+        for leftover in parent.glob(f"{kind}step_*"):
+            shutil.rmtree(leftover)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -236,7 +331,7 @@ def _put_in_place(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(partial, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _point_latest(parent: Path, folder: Path) -> None:
@@ -244,4 +339,4 @@ def _point_latest(parent: Path, folder: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
     os.replace(link, parent / _LATEST)
-    sync_folder(parent)
+    sync(parent)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,29 @@ from tqdm import tqdm
 
 from sdxl_host.errors import DataError, HostError
 from sdxl_host.settings import TrainSettings
+from sdxl_host.training.checkpoint import remove_older
 from sdxl_host.training.result import StepResult
 
 if TYPE_CHECKING:
     from sdxl_host.sampling.sampler import PictureSampler
     from sdxl_host.training.trainer import Trainer
 
-__all__ = ["Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
+__all__ = ["Agreement", "Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
 
 
 # Skipped steps in a row that end a run: as many halvings take the largest loss scale, 2^24, to 1.
 _OVERFLOWS = 24
+
+
+class Agreement:
+    """Lets all workers stop after the same step, whichever of them was asked to."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """After the plugins, before whatever asks whether this is the last step."""
+        trainer.agree_to_stop()
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class FiniteGuard:
@@ -38,10 +51,12 @@ class FiniteGuard:
     def __init__(self, is_scaled: bool) -> None:
         self._is_scaled = is_scaled
         self._in_a_row = 0
+        self._skipped = 0
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Raises HostError naming the step, its noise levels and its pictures."""
         self._in_a_row = 0 if result.applied else self._in_a_row + 1
+        self._skipped += not result.applied
         if self._is_scaled:
             trainer.log("loss_scale", result.loss_scale)
             trainer.log("skipped", not result.applied)
@@ -59,6 +74,23 @@ class FiniteGuard:
                 "these pictures"
             )
 
+    def counts(self) -> dict[str, int]:
+        """Updates skipped, in all and just now in a row."""
+        return {"skipped": self._skipped, "skipped_in_a_row": self._in_a_row}
+
+    def load_counts(self, counts: Mapping[str, int]) -> None:
+        """Takes back what `counts` gave."""
+        self._skipped, self._in_a_row = counts["skipped"], counts["skipped_in_a_row"]
+
+    def lines(self) -> list[str]:
+        """What the end of a run says of skipped updates."""
+        if not self._skipped:
+            return []
+        return [f"skipped     {self._skipped} updates, whose gradients were not finite"]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class Metrics:
     """Writes metrics.jsonl: one line every `interval` steps, with what plugins logged.
@@ -69,13 +101,16 @@ class Metrics:
     def __init__(self, path: Path, interval: int, resumed_step: int) -> None:
         self._interval = interval
         kept = []
-        if resumed_step and path.is_file():
-            lines = path.read_text("utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) in range(1, resumed_step + 1)]
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-        os.replace(aside, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        try:
+            if resumed_step and path.is_file():
+                lines = path.read_text("utf-8").splitlines()
+                kept = [line for line in lines if _step_of(line) in range(1, resumed_step + 1)]
+            aside = path.with_name(f".{path.name}.partial")
+            aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            os.replace(aside, path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Adds this step's line."""
@@ -97,13 +132,17 @@ class Metrics:
             self._file.write(json.dumps(told) + "\n")
             self._file.flush()
         except OSError as error:
-            raise DataError(
-                f"{self._file.name}: can't be written ({error.strerror}); free some space"
-            ) from error
+            raise _unwritable(self._file.name, error) from error
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        # What is left in the buffer is a line that could not be written, as has been said then.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _unwritable(file: Path | str, error: OSError) -> DataError:
+    return DataError(f"{file}: can't be written ({error.strerror}); free some space")
 
 
 def _step_of(line: str) -> int:
@@ -187,36 +226,44 @@ class Grids:
         """Draws now, if it is time."""
         settings = self._settings
         due = settings.sample_interval and result.step % settings.sample_interval == 0
-        if due or trainer.is_last:
+        if (due or trainer.is_last) and not trainer.is_interrupted:
             from sdxl_host.sampling.grid import save_grid
             from sdxl_host.sampling.samplers import own_if_auto
 
-            pixels = self._sampler().draw(
-                self._prompts,
-                settings.sample_steps,
-                settings.guidance_scale,
-                settings.seed,
-                negative_prompt=settings.negative_prompt or None,
-                sampler=own_if_auto(settings.sampler),
-                spacing=own_if_auto(settings.spacing),
-            )
+            with trainer.averaged():
+                pixels = self._sampler().draw(
+                    self._prompts,
+                    settings.sample_steps,
+                    settings.guidance_scale,
+                    settings.seed,
+                    negative_prompt=settings.negative_prompt or None,
+                    sampler=own_if_auto(settings.sampler),
+                    spacing=own_if_auto(settings.spacing),
+                )
             self.last = trainer.save_path / "samples" / f"step_{result.step:08d}.png"
             try:
                 save_grid(self.last, pixels, self._prompts)
             except OSError as error:
-                raise DataError(
-                    f"{self.last}: can't be written ({error.strerror}); free some space"
-                ) from error
+                raise _unwritable(self.last, error) from error
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Checkpoints:
-    """Saves every `interval` steps and at the end."""
+    """Saves every `interval` steps and at the end, and keeps the newest `kept` (0: all)."""
 
-    def __init__(self, interval: int) -> None:
+    def __init__(self, interval: int, kept: int) -> None:
         self._interval = interval
+        self._kept = kept
         self.last: Path | None = None
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Saves now, if it is time."""
         if result.step % self._interval == 0 or trainer.is_last:
             self.last = trainer.save()
+            if self._kept:
+                remove_older(self.last.parent, self._kept)
+
+    def close(self) -> None:
+        """Nothing is held."""

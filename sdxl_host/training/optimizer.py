@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of a config, as tables of numbers an update.
+"""Optimizers of a config, as tables of numbers an update.
 
 The compiled step holds one kernel, MindSpore's fused AdamWeightDecay:
 
@@ -12,104 +12,30 @@ skipped step does not advance a schedule and nothing is computed with 1 - beta^k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import numpy as np
 
 from sdxl_host.errors import ConfigError
 from sdxl_host.settings import OptimSettings
 from sdxl_host.targets import build
+from sdxl_host.training.schedules import learning_rates
 
 __all__ = [
     "AdamW",
     "AdamWeightDecay",
-    "LambdaLinearScheduler",
-    "LambdaWarmUpScheduler",
     "Optimizer",
+    "averaging_shares",
     "configured",
-    "learning_rates",
 ]
 
 
-class Schedule(Protocol):
-    """A factor on the base learning rate for each update."""
+def averaging_shares(decay: float, updates: int) -> np.ndarray:
+    """(updates,) float64: what share of the new weights enters their moving average.
 
-    def factors(self, updates: int) -> np.ndarray:
-        """(updates,) float64, of update 1, 2, ..."""
-        ...
-
-
-class LambdaWarmUpScheduler:
-    """Linear warm-up, then constant: update k has the factor min(1, k / warm_up_steps)."""
-
-    def __init__(self, warm_up_steps: int) -> None:
-        if warm_up_steps < 0:
-            raise ValueError(
-                f"LambdaWarmUpScheduler: warm_up_steps must be at least 0, not {warm_up_steps}"
-            )
-        self.warm_up_steps = warm_up_steps
-
-    def factors(self, updates: int) -> np.ndarray:
-        k = np.arange(1, updates + 1, dtype=np.float64)
-        return np.minimum(1.0, k / max(self.warm_up_steps, 1))
-
-
-class LambdaLinearScheduler:
-    """Cycles of linear warm-up and linear decay, as in the original latent diffusion code.
-
-    Each argument has one number a cycle. In a cycle, update n = 0, 1, ... has the factor that goes
-    from f_start to f_max over `warm_up_steps`, and from then on the line that joins f_max at n = 0
-    to f_min at the cycle's end, `cycle_lengths`.
+    It is 1 - d_k with d_k = min(decay, (1 + k) / (10 + k)), k = 0, 1, ... updates made before: an
+    average over few updates forgets faster.
     """
-
-    def __init__(
-        self,
-        warm_up_steps: Sequence[int],
-        f_min: Sequence[float],
-        f_max: Sequence[float],
-        f_start: Sequence[float],
-        cycle_lengths: Sequence[float],
-    ) -> None:
-        cycles = {len(warm_up_steps), len(f_min), len(f_max), len(f_start), len(cycle_lengths)}
-        if len(cycles) != 1 or 0 in cycles:
-            raise ValueError(
-                "LambdaLinearScheduler: warm_up_steps, f_min, f_max, f_start and cycle_lengths "
-                "must be lists of one length, one number a cycle"
-            )
-        if min(warm_up_steps) < 0 or min(cycle_lengths) <= 0:
-            raise ValueError(
-                "LambdaLinearScheduler: warm_up_steps must be at least 0 and cycle_lengths above 0"
-            )
-        if min(*f_min, *f_max, *f_start) < 0:
-            raise ValueError("LambdaLinearScheduler: f_min, f_max and f_start must be at least 0")
-        self.warm_up_steps, self.cycle_lengths = warm_up_steps, cycle_lengths
-        self.f_min, self.f_max, self.f_start = f_min, f_max, f_start
-
-    def factors(self, updates: int) -> np.ndarray:
-        ends = np.cumsum(np.asarray(self.cycle_lengths, np.float64))
-        if updates > ends[-1]:
-            raise ValueError(
-                f"LambdaLinearScheduler: the cycles end after {ends[-1]:.0f} updates, and the run "
-                f"has {updates}; lengthen the last of cycle_lengths"
-            )
-        k = np.arange(updates, dtype=np.float64)
-        cycle = np.searchsorted(ends, k, side="right")
-        n = k - np.append(0.0, ends)[cycle]
-        warm_up, length, low, high, start = (
-            np.asarray(values, np.float64)[cycle]
-            for values in (
-                self.warm_up_steps, self.cycle_lengths, self.f_min, self.f_max, self.f_start
-            )
-        )  # fmt: skip
-        rising = start + (high - start) * n / np.maximum(warm_up, 1.0)
-        falling = low + (high - low) * (length - n) / length
-        return np.where(n < warm_up, rising, falling)
-
-
-def learning_rates(base: float, schedule: Schedule | None, updates: int) -> np.ndarray:
-    """(updates,) float64 learning rates of update 1, 2, ..., constant without a schedule."""
-    return base * (np.ones(updates) if schedule is None else schedule.factors(updates))
+    k = np.arange(updates, dtype=np.float64)
+    return 1.0 - np.minimum(decay, (1.0 + k) / (10.0 + k))
 
 
 class Optimizer:
@@ -120,8 +46,8 @@ class Optimizer:
 
     def __init__(self, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), not {beta}")
+            if not (beta >= 0.0 and np.float32(beta) < 1.0):
+                raise ValueError(f"{name} must lie in [0, 1) in float32, not {beta}")
         if eps <= 0 or weight_decay < 0:
             raise ValueError(
                 f"eps must be above 0 and weight_decay at least 0, not {eps} and {weight_decay}"
@@ -160,7 +86,10 @@ class AdamW(Optimizer):
         super().__init__(beta1, beta2, eps, weight_decay)
 
     def _corrections(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first, second = 1.0 - self.beta1**k, np.sqrt(1.0 - self.beta2**k)
+        # The betas as the kernel has them: of 1 - 0.999 float32 knows five digits, which would be
+        # seen in the first thousand updates if it were not the same number here.
+        beta1, beta2 = float(np.float32(self.beta1)), float(np.float32(self.beta2))
+        first, second = 1.0 - beta1**k, np.sqrt(1.0 - beta2**k)
         return second / first, second
 
 
@@ -183,16 +112,20 @@ class AdamWeightDecay(Optimizer):
         ]
 
 
-def configured(settings: OptimSettings, updates: int) -> tuple[Optimizer, np.ndarray]:
+def configured(
+    settings: OptimSettings, updates: int, scale: int = 1
+) -> tuple[Optimizer, np.ndarray]:
     """The optimizer that a config names, and its learning rates (updates,) float64.
 
-    Raises ConfigError, also for a schedule that is shorter than the run.
+    scale: what the base rate is multiplied by. Raises ConfigError, also for a schedule that
+    does not fit the run.
     """
     optimizer = build(settings.optimizer_config, "optimizer", "optim.optimizer_config")
     schedule = None
     if settings.scheduler_config:
         schedule = build(settings.scheduler_config, "scheduler", "optim.scheduler_config")
     try:
-        return optimizer, learning_rates(settings.base_learning_rate, schedule, updates)
+        rates = learning_rates(settings.base_learning_rate * scale, schedule, updates)
     except ValueError as error:
         raise ConfigError(f"optim.scheduler_config.params: {error}") from error
+    return optimizer, rates

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from sdxl_host import curves
 from sdxl_host.assembly import make_hooks, weight_lines
 from sdxl_host.config import RunConfig
+from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.device import on_ascend
 from sdxl_host.models.attention import attention_in_use
-from sdxl_host.training.checkpoint import Checkpoint
+from sdxl_host.settings import TrainSettings
+from sdxl_host.training.checkpoint import STATE_FILE, Checkpoint
 from sdxl_host.training.optimizer import Optimizer
-from sdxl_host.training.precision import PRECISIONS, is_half
+from sdxl_host.training.precision import is_half, precision_line
 from sdxl_host.weights.source import Source
 
 if TYPE_CHECKING:
     from sdxl_host.training.trainer import Trainer
 
-__all__ = ["compute_lines", "plugin_lines", "plugin_list", "record", "start_lines"]
+__all__ = [
+    "compute_lines",
+    "digest",
+    "plugin_lines",
+    "plugin_list",
+    "record",
+    "samples_of",
+    "start_lines",
+]
 
 
 def plugin_list(config: RunConfig) -> list[dict[str, str]]:
@@ -43,6 +57,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
         "size": [trainer.dataset.target_size, trainer.dataset.target_size],
         "original_size": list(trainer.dataset.typical_size()),
         "aesthetic_score": trainer.dataset.aesthetic_score,
+        "samples": samples_of(trainer.batch_size, trainer.dataset),
     }
 
 
@@ -53,26 +68,62 @@ def plugin_lines(config: RunConfig, checkpoint: Checkpoint | None) -> tuple[list
     """
     asked = make_hooks(config)
     if checkpoint is not None:
-        asked.load_state_dict(checkpoint.plugin_states())
+        asked.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
     learned = curves.start_lines(*curves.curves(asked, config.tree))
     return learned, asked.notes(asked.build_model(config.tree))
 
 
-def compute_lines(network: Any, level: str) -> list[str]:
+def compute_lines(network: Any, settings: TrainSettings) -> list[str]:
     """How the network will compute: the attention that is really used, and the precision."""
     device = "Ascend" if on_ascend() else "CPU"
-    attention = attention_in_use(
-        network.attention_type, device, is_half(level), network.num_head_channels
-    )
-    return [f"attention   {attention}", f"precision   {level}, {PRECISIONS[level]}"]
+    half = is_half(settings.ms_amp_level)
+    attention = attention_in_use(network.attention_type, device, half, network.num_head_channels)
+    return [f"attention   {attention}", f"precision   {precision_line(settings)}"]
+
+
+def _batch_lines(trainer: Trainer) -> list[str]:
+    """How an update's samples come together, where it is not one batch of one device."""
+    data, settings, workers = trainer.config.data, trainer.config.train, trainer.workers
+    parts = [
+        (data.per_batch_size, "a batch"),
+        (settings.gradient_accumulation_steps, "batches accumulated"),
+        (workers.count, "workers"),
+    ]
+    if trainer.batch_size == data.per_batch_size:
+        return []
+    told = " x ".join(f"{count} {what}" for count, what in parts if count > 1)
+    return [f"update      of {trainer.batch_size} samples: {told}"]
+
+
+def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
+    """Of what every worker of a run must have the same: settings, plugins, pictures, captions, and
+    the checkpoint that it resumes."""
+    told = f"{OmegaConf.to_yaml(config.tree)}{plugin_list(config)}{samples_of(0, dataset)}"
+    if checkpoint is not None:
+        told += (checkpoint.folder / STATE_FILE).read_text("utf-8")
+    return hashlib.sha256(told.encode("utf-8")).hexdigest()
+
+
+def samples_of(batch_size: int, dataset: Text2ImageDataset) -> dict[str, Any]:
+    """What decides, beside the settings, which samples a step takes; the same when resumed."""
+    data = [(picture.name, picture.caption) for picture in dataset.pictures]
+    return {
+        "samples of an update": batch_size,
+        "pictures and captions": hashlib.sha256(repr(data).encode("utf-8")).hexdigest()[:12],
+    }
 
 
 def start_lines(
-    trainer: Trainer, optimizer: Optimizer, checkpoint: Checkpoint | None, source: Source | None
+    trainer: Trainer,
+    optimizer: Optimizer,
+    checkpoint: Checkpoint | None,
+    changes: Sequence[str],
+    source: Source | None,
 ) -> list[str]:
     """The block at the start of a run: plugins, objective, network, data, and what to note.
 
-    source: the weights the run starts from, None where it begins untrained or resumes.
+    changes: how the run differs from the one it resumes. source: the weights the run starts from,
+    None where it begins untrained or resumes.
     """
     config, dataset = trainer.config, trainer.dataset
     trained = sum(parameter.size for parameter in trainer.parts.trained)
@@ -81,7 +132,8 @@ def start_lines(
         *(f"            {line}" for line in trainer.hooks.describe()),
         f"objective   {trainer.model.preconditioning.name}",
         f"network     {trained:,} parameters trained",
-        *compute_lines(trainer.parts.cell, config.train.ms_amp_level),
+        *compute_lines(trainer.parts.cell, config.train),
+        *_batch_lines(trainer),
     ]
     if source is not None:
         lines += weight_lines(source, trainer.model)
@@ -100,5 +152,11 @@ def start_lines(
     lines.append(f"run         {trainer.save_path}")
     if checkpoint is not None:
         lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
+        lines += [f"changed     {line}" for line in changes]
     notes = [*config.notices, *trainer.plugin_notes, *optimizer.notes()]
+    if config.train.param_fp16:
+        notes.append(
+            "param_fp16: weights in 16 bits make training less stable; without it they stay in "
+            "float32 and are cast where they are used"
+        )
     return lines + [f"note        {line}" for line in notes]

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from sdxl_host.config import RunConfig
 from sdxl_host.errors import ConfigError, DataError
-from sdxl_host.training.checkpoint import Checkpoint, find_latest, open_checkpoint
+from sdxl_host.settings import TrainSettings
+from sdxl_host.training.checkpoint import (
+    CHECKPOINTS,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    Checkpoint,
+    find_latest,
+    open_checkpoint,
+)
+from sdxl_host.training.workers import Workers
 
-__all__ = ["find_checkpoint", "make_folder", "settings_text"]
+__all__ = ["RunFolder", "find_checkpoint"]
+
+# Held by the run that is at work in a folder. It stays there, empty: to remove it would let two
+# runs hold a lock each.
+_LOCK = ".lock"
 
 # A resumed run must be the same run; only its length and what is shown of it may change.
 _MAY_DIFFER = (
     "data.total_step",
     "data.num_parallel_workers",
+    "train.allow_changes",
+    "train.weight",
     "train.resume",
+    "train.resume_step",
+    "train.optimizer_weight",
     "train.save_path",
     "train.save_path_with_time",
     "train.save_ckpt_interval",
+    "train.max_num_ckpt",
+    "train.max_device_memory",
+    "train.compile_cache",
+    "train.save_optimizer",
     "train.sample_interval",
     "train.sample_prompts",
     "train.sample_count",
@@ -35,57 +58,164 @@ _MAY_DIFFER = (
 )
 
 
-def find_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """The checkpoint that `train.resume` names, or None; refused if it is of another run."""
-    resume = config.train.resume
-    if not resume:
-        return None
-    if config.train.weight:
-        raise ConfigError("--resume and --weight contradict each other; give one of them")
-    folder = Path(resume)
-    if resume == "latest":
-        folder = find_latest(Path(config.train.save_path).expanduser())
+def find_checkpoint(
+    config: RunConfig, samples: Mapping[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, or None, and how its settings differ from this run's.
+
+    samples: what decides which samples a step takes, as the checkpoint's record has it.
+    `train.resume` names it; so does `train.weight` where `train.resume_step` or
+    `train.optimizer_weight` say that it is more than weights. Raises HostError for one that can't
+    be resumed, and, unless `train.allow_changes`, for one of another run.
+    """
+    settings = config.train
+    folder = _named_folder(settings)
+    if folder is None:
+        return None, []
     checkpoint = open_checkpoint(folder.expanduser().resolve())
+    if not checkpoint.is_resumable:
+        raise DataError(
+            f"{checkpoint.folder}: holds weights alone (it was saved with --save_optimizer False), "
+            f"so it can't be resumed; start a new run from it with --weight {checkpoint.folder}"
+        )
+    if checkpoint.folder.parent.name != CHECKPOINTS:
+        raise DataError(
+            f"{checkpoint.folder}: lies in no run's folder {CHECKPOINTS}, where a run could go on; "
+            f"put it into one, or start a new run from it with --weight {checkpoint.folder}"
+        )
+    if checkpoint.step >= config.data.total_step:
+        raise ConfigError(
+            f"data.total_step: {checkpoint.step} steps are already made; set it higher than "
+            f"{config.data.total_step} to go on"
+        )
+    if settings.resume_step and settings.resume_step != checkpoint.step:
+        raise ConfigError(
+            f"--resume_step {settings.resume_step}: {checkpoint.folder} is of step "
+            f"{checkpoint.step}; give that, or leave the flag out"
+        )
+    started = started_from(config, checkpoint)
+    if settings.resume and settings.weight not in ("", started):
+        raise ConfigError(
+            f"--resume {settings.resume} and --weight {settings.weight} contradict each other: the "
+            f"run began with {started or 'untrained weights'}; leave --weight out"
+        )
     saved = OmegaConf.to_container(OmegaConf.load(checkpoint.config_file))
     differences = list(_differences(saved, OmegaConf.to_container(config.tree)))
-    if differences:
+    there: Mapping[str, Any] = checkpoint.record["samples"]
+    differences += [
+        f"{what} {'is' if isinstance(mine, int) else 'are'} {there[what]!r} there and {mine!r} here"
+        for what, mine in samples.items()
+        if there[what] != mine
+    ]
+    if differences and not settings.allow_changes:
         raise ConfigError(
             f"--resume {checkpoint.folder}: its settings differ from this run's: "
-            f"{'; '.join(differences[:5])}; start from them with --config {checkpoint.config_file}"
+            f"{'; '.join(differences[:5])}; go on with its own by --config "
+            f"{checkpoint.config_file}, or with these by --allow_changes True"
         )
-    return checkpoint
+    return checkpoint, differences
 
 
-def make_folder(config: RunConfig, checkpoint: Checkpoint | None) -> Path:
-    """The run's folder, with its settings in it; a resumed run goes on in its own."""
-    if checkpoint is not None:
-        folder = checkpoint.folder.parent.parent
-    else:
-        folder = Path(config.train.save_path).expanduser()
-        if config.train.save_path_with_time:
-            folder = _timed(folder)
-        elif (folder / "checkpoints").exists():
-            raise DataError(
-                f"{folder}: already holds a run; choose another --save_path, or continue it "
-                "with --resume latest"
+def _named_folder(settings: TrainSettings) -> Path | None:
+    """The folder that the settings continue from. Raises ConfigError where they name two."""
+    continues = settings.resume_step > 0 or bool(settings.optimizer_weight)
+    if settings.resume:
+        if settings.optimizer_weight:
+            raise ConfigError(
+                f"--optimizer_weight {settings.optimizer_weight}: has no use beside --resume; "
+                "leave it out, because the checkpoint holds its own"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".config.yaml.partial"
-        aside.write_text(settings_text(config), "utf-8")
-        os.replace(aside, folder / "config.yaml")
-    except OSError as error:
-        raise DataError(
-            f"{folder}: can't be written ({error.strerror}); choose another --save_path"
-        ) from error
+        if settings.resume == "latest":
+            return find_latest(Path(settings.save_path).expanduser())
+        return Path(settings.resume)
+    if not continues:
+        return None
+    flag = f"--resume_step {settings.resume_step}"
+    if settings.optimizer_weight:
+        flag = f"--optimizer_weight {settings.optimizer_weight}"
+    folder = Path(settings.weight).expanduser() if settings.weight else None
+    if folder is None or not (folder / STATE_FILE).is_file():
+        raise ConfigError(
+            f"{flag}: continues a checkpoint folder of this program, and --weight "
+            f"{settings.weight or '(nothing)'} is none; give --weight RUN/checkpoints/step_N, or "
+            "leave the flag out to start a new run from the weights"
+        )
+    optimizer = Path(settings.optimizer_weight).expanduser()
+    if settings.optimizer_weight and optimizer.resolve() not in (
+        folder.resolve(),
+        (folder / OPTIMIZER_FILE).resolve(),
+    ):
+        raise ConfigError(
+            f"{flag}: is not that of --weight {settings.weight}; leave it out, because a "
+            "checkpoint folder holds its own"
+        )
     return folder
 
 
-def settings_text(config: RunConfig) -> str:
-    """The settings as YAML; loading it repeats the run, from its beginning."""
+class RunFolder:
+    """A run's folder with its settings in it; a resumed run goes on in its own.
+
+    path: the same on every worker. settings: as YAML, for checkpoints too. Until it is released no
+    other run may use the folder.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: Checkpoint | None, workers: Workers) -> None:
+        self._lock: IO[str] | None = None
+        self.settings = settings_text(config, started_from(config, checkpoint))
+        path = self._make(config, checkpoint) if workers.is_main else Path()
+        self.path = Path(workers.texts(str(path))[0])
+
+    def _make(self, config: RunConfig, checkpoint: Checkpoint | None) -> Path:
+        if checkpoint is not None:
+            folder = checkpoint.folder.parent.parent
+        else:
+            folder = Path(config.train.save_path).expanduser()
+            if config.train.save_path_with_time:
+                folder = _timed(folder)
+            elif any(folder.glob("checkpoints/step_*")):
+                raise DataError(
+                    f"{folder}: already holds a run; choose another --save_path, or continue it "
+                    "with --resume latest"
+                )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 - see release
+            weakref.finalize(self, self._lock.close)  # where a run never comes so far
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            aside = folder / ".config.yaml.partial"
+            aside.write_text(self.settings, "utf-8")
+            os.replace(aside, folder / "config.yaml")
+        except BlockingIOError as error:
+            raise DataError(
+                f"{folder}: another run is at work in it; wait until it ends, or choose another "
+                "--save_path"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"{folder}: can't be written ({error.strerror}); choose another --save_path"
+            ) from error
+        return folder
+
+    def release(self) -> None:
+        """Lets other runs use the folder; the system does it too when the process ends."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def started_from(config: RunConfig, checkpoint: Checkpoint | None) -> str:
+    """`train.weight` of the run, or of the one it continues: what it began with."""
+    if checkpoint is None:
+        return config.train.weight
+    return OmegaConf.load(checkpoint.config_file).train.weight
+
+
+def settings_text(config: RunConfig, weight: str) -> str:
+    """The settings as YAML; loading it repeats the run, from its beginning and from `weight`."""
     tree = config.tree.copy()
     OmegaConf.set_readonly(tree, False)
-    tree.train.resume = ""
+    beginning = {"weight": weight, "resume": "", "resume_step": 0, "optimizer_weight": ""}
+    tree.train.update(beginning, allow_changes=False)
     return OmegaConf.to_yaml(tree)
 
 

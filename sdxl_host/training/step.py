@@ -6,7 +6,8 @@ options never recompiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mindspore as ms
@@ -16,7 +17,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from sdxl_host.training.optimizer import Optimizer
 from sdxl_host.training.precision import LARGEST_LOSS_SCALE
 
-__all__ = ["TrainStep", "decayed"]
+__all__ = ["StepRunner", "TrainStep", "decayed"]
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 
@@ -41,9 +42,21 @@ def _update_one(
 ):
     """One parameter's update; `scale` clips. Where the step is not finite nothing changes: the
     rate and the gradient are 0 and the moments keep all of themselves."""
-    gradient = ops.select(finite, gradient * scale, ops.zeros_like(gradient))
+    gradient = gradient.astype(ms.float32) * scale
+    gradient = ops.select(finite, gradient, ops.zeros_like(gradient))
     own_decay = decay if is_decayed else decay * 0.0
     return kernel(parameter, m, v, rate, beta1, beta2, epsilon, own_decay, gradient)
+
+
+_reduce = ops.MultitypeFuncGraph("reduce")
+_add = ops.MultitypeFuncGraph("add_gradient")
+_average = ops.MultitypeFuncGraph("average")
+_publish = ops.MultitypeFuncGraph("publish")
+
+
+@_reduce.register("Function", "Tensor")
+def _reduce_one(operator, gradient):
+    return operator(gradient.astype(ms.float32))
 
 
 def decayed(network: nn.Cell) -> set[str]:
@@ -60,6 +73,24 @@ def decayed(network: nn.Cell) -> set[str]:
     return {p.name for p in network.get_parameters() if id(p) not in norms and p.ndim >= 2}
 
 
+@_add.register("Tensor", "Tensor", "Tensor")
+def _add_one(is_first, total, gradient):
+    """Adds a gradient to its sum; the first one replaces what stood there, finite or not."""
+    gradient = gradient.astype(ms.float32)
+    return ops.assign(total, ops.select(is_first, gradient, total + gradient))
+
+
+@_average.register("Tensor", "Tensor", "Tensor")
+def _average_one(share, average, weight):
+    return ops.assign_add(average, share * (weight - average))
+
+
+@_publish.register("Bool", "Tensor", "Tensor")
+def _publish_one(is_half, parameter, weight):
+    """Gives a parameter that is kept in 16 bits the value of its float32 copy."""
+    return ops.assign(parameter, weight.astype(parameter.dtype)) if is_half else weight
+
+
 class TrainStep(nn.Cell):
     """Loss, gradients, clipping and the update of the trained parameters.
 
@@ -67,7 +98,10 @@ class TrainStep(nn.Cell):
     table: (updates, 4), see `optimizer`. max_grad_norm: global norm to clip to, or None.
     loss_scale: what the loss is first multiplied by, so that gradients in float16 do not vanish;
     it is halved when they overflow and doubled after 2000 updates without (Micikevicius et al.
-    2018). None: no scaling.
+    2018). None: no scaling. batches: how many make an update, of one size each. averaging:
+    (updates,) shares 1 - d of the new weights in their moving average, or None. float32: values of
+    parameters kept in 16 bits, by the parameter's `id`: their copies are what is updated. workers:
+    how many devices share an update.
     """
 
     def __init__(
@@ -78,10 +112,22 @@ class TrainStep(nn.Cell):
         table: np.ndarray,
         max_grad_norm: float | None,
         loss_scale: float | None = None,
+        *,
+        batches: int = 1,
+        averaging: np.ndarray | None = None,
+        float32: Mapping[int, np.ndarray] | None = None,
+        workers: int = 1,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         self.parameters = ParameterTuple(parameters)
+        # What is updated: the parameters themselves, but for those kept in 16 bits.
+        copies = float32 or {}
+        self.is_half = tuple(id(parameter) in copies for parameter in parameters)
+        self.has_half = any(self.is_half)
+        self.weights = ParameterTuple(
+            [_own("weight.", p, copies[id(p)]) if id(p) in copies else p for p in parameters]
+        )
         self.moments1 = _zeros("adam_m.", parameters)
         self.moments2 = _zeros("adam_v.", parameters)
         # Updates applied so far. Skipped steps don't count: they take no place in the schedule.
@@ -101,12 +147,27 @@ class TrainStep(nn.Cell):
         # Updates applied since the scale last changed.
         self.unchanged = Parameter(Tensor(0, ms.int32), name="loss_scale_age", requires_grad=False)
         self.limit = None if max_grad_norm is None else Tensor(max_grad_norm, ms.float32)
+        # Of this device's one batch in the loss of the update.
+        self.batches, self.workers = batches, workers
+        self.share = 1.0 / (batches * workers)
+        self.sums = _zeros("sum.", parameters if batches > 1 else [])
+        self.is_averaged = averaging is not None
+        self.averaging = None if averaging is None else Tensor(averaging, ms.float32)
+        self.averages = ParameterTuple(
+            [_own("ema.", p, w.asnumpy()) for p, w in zip(parameters, self.weights, strict=True)]
+            if self.is_averaged
+            else []
+        )
+        if workers > 1:
+            self.reduce = ops.AllReduce()
+            self.gather = ops.AllGather()
         self.kernel = ops.AdamWeightDecay()
         self.map = ops.HyperMap()
         self.gradient = ops.value_and_grad(self.loss, None, self.parameters, has_aux=True)
 
     def loss(self, latents, noise, coefficients, context, vector, mask):
-        """The mean of w * losses, scaled and as it is, and the losses (B,): see `construct`."""
+        """This batch's share of the mean of w * losses, scaled and as it is, and the losses (B,):
+        see `construct`."""
         p, q, a, b, w, c_noise = (
             coefficients[0],
             coefficients[1],
@@ -121,20 +182,39 @@ class TrainStep(nn.Cell):
         target = _spread(a) * latents + _spread(b) * noise
         error = ops.square(output.astype(ms.float32) - target)
         losses = error.mean(axis=(1, 2, 3))
-        loss = (w * losses).mean()
+        loss = (w * losses).mean() * self.share
         return loss * self.scale if self.is_scaled else loss, loss, losses
 
     def construct(self, latents, noise, coefficients, context, vector, mask):
-        """One update.
+        """One update from one batch.
 
         latents, noise (B, C, H, W); coefficients (6, B) as `Coefficients.stacked`; context
         (B, L, D); vector (B, V); mask (B, L). All float32. Returns the weighted loss, the losses
-        (B,) unweighted, the global gradient norm, whether all was finite, the learning rate, and
-        the loss scale of this update.
+        (G,) unweighted, the global gradient norm, whether all was finite, the learning rate, and
+        the loss scale of this update; over all workers, in their order.
         """
         (_, loss, losses), gradients = self.gradient(
             latents, noise, coefficients, context, vector, mask
         )
+        return self.update(loss, losses, gradients)
+
+    def accumulate(self, is_first, latents, noise, coefficients, context, vector, mask):
+        """Adds one batch's gradients to those of its update; its share of the loss, its losses."""
+        (_, loss, losses), gradients = self.gradient(
+            latents, noise, coefficients, context, vector, mask
+        )
+        added = self.map(ops.partial(_add, is_first), self.sums, gradients)
+        return ops.depend(loss, added), losses
+
+    def apply(self, loss, losses):
+        """The update from what `accumulate` has added; returns as `construct`."""
+        return self.update(loss, losses, self.sums)
+
+    def update(self, loss, losses, gradients):
+        """Averages over the workers, unscales, clips, and makes the update if all is finite."""
+        if self.workers > 1:
+            gradients = self.map(ops.partial(_reduce, self.reduce), gradients)
+            loss, losses = self.reduce(loss), self.gather(losses)
         norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
         # What the gradients are multiplied by: clipping, and the loss scale taken back.
         scale = used = self.one
@@ -146,7 +226,8 @@ class TrainStep(nn.Cell):
             scale = ops.minimum(self.one, self.limit / norm)
         if self.is_scaled:
             scale = scale / used
-        row = self.table[ops.minimum(self.applied, self.last)]
+        place = ops.minimum(self.applied, self.last)
+        row = self.table[place]
         done = self.map(
             ops.partial(
                 _update,
@@ -160,11 +241,17 @@ class TrainStep(nn.Cell):
                 row[3],
             ),
             self.is_decayed,
-            self.parameters,
+            self.weights,
             self.moments1,
             self.moments2,
             gradients,
         )
+        if self.is_averaged:
+            share = ops.select(finite, self.averaging[place], self.zero)
+            share = ops.depend(share, done)
+            done = self.map(ops.partial(_average, share), self.averages, self.weights)
+        if self.has_half:
+            done = ops.depend(self.map(_publish, self.is_half, self.parameters, self.weights), done)
         counted = ops.assign_add(self.applied, finite.astype(ms.int32))
         loss = ops.depend(loss, (done, counted))
         if self.is_scaled:
@@ -185,32 +272,85 @@ class TrainStep(nn.Cell):
         """The optimizer's state by name, as float32 and int32 arrays."""
         return {parameter.name: parameter.asnumpy() for parameter in self._state()}
 
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Takes back what `state` gave. Before the first step: see `compiled`."""
+    def load_state(self, state: Mapping[str, np.ndarray], is_lenient: bool = False) -> list[str]:
+        """Takes back what `state` gave. Before the first step: see `StepRunner`.
+
+        is_lenient: what is not there, or of another shape, keeps its first value, and the lines
+        returned say so; otherwise a KeyError or ValueError.
+        """
+        missing = 0
         for parameter in self._state():
+            if is_lenient and getattr(state.get(parameter.name), "shape", None) != parameter.shape:
+                missing += 1
+                continue
             parameter.set_data(Tensor(state[parameter.name]))
+        told = f"{missing} of the optimizer's {len(self._state())} arrays begin anew"
+        return [told] if missing else []
+
+    def values(self) -> dict[int, Parameter]:
+        """What holds each trained parameter's value in float32, by the parameter's `id`."""
+        return {id(p): value for p, value in zip(self.parameters, self.weights, strict=True)}
+
+    def average_values(self) -> dict[int, Parameter]:
+        """Each trained parameter's moving average, by the parameter's `id`; empty without any."""
+        pairs = zip(self.parameters, self.averages, strict=self.is_averaged)
+        return {id(parameter): average for parameter, average in pairs}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the network computes with the moving averages, where they are kept."""
+        kept = [parameter.asnumpy().copy() for parameter in self.parameters[: len(self.averages)]]
+        try:
+            for parameter, average in zip(self.parameters, self.averages, strict=False):
+                # Assigned, because a compiled graph does not see `set_data`.
+                ops.assign(parameter, average.astype(parameter.dtype))
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, kept, strict=False):
+                ops.assign(parameter, Tensor(value))
 
     def _state(self) -> list[Parameter]:
         kept = [*self.moments1, *self.moments2, self.applied]
         return [*kept, self.scale, self.unchanged] if self.is_scaled else kept
 
 
-def compiled(step: TrainStep, eager: bool) -> Callable[..., Any]:
-    """The step as a callable: compiled at its first call, or eager.
+class StepRunner:
+    """Calls a step, compiled at its first call or eager: at once, or batch by batch.
 
     Parameters replaced by `set_data` after the first compiled call would not be seen, so weights
     and state are loaded before it.
     """
-    return step.construct if eager else ms.jit(step.construct)
+
+    def __init__(self, step: TrainStep, eager: bool, jit_level: str = "O0") -> None:
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return function if eager else ms.jit(function, jit_level=jit_level)
+
+        self._batches = step.batches
+        self._whole = compiled(step.construct)
+        self._accumulate = compiled(step.accumulate)
+        self._apply = compiled(step.apply)
+
+    def __call__(self, batches: Iterable[Sequence[np.ndarray]]) -> tuple[Any, ...]:
+        """One update from the inputs of each of its batches, as `TrainStep.construct` takes them
+        and returns."""
+        if self._batches == 1:
+            (arrays,) = batches
+            return self._whole(*map(Tensor, arrays))
+        shares, losses = [], []
+        for index, arrays in enumerate(batches):
+            share, its_losses = self._accumulate(Tensor(index == 0), *map(Tensor, arrays))
+            shares.append(share)
+            losses.append(its_losses)
+        return self._apply(ops.addn(shares), ops.concat(losses))
 
 
 def _zeros(prefix: str, parameters: Sequence[Parameter]) -> ParameterTuple:
-    return ParameterTuple(
-        [
-            Parameter(Tensor(np.zeros(p.shape, np.float32)), prefix + p.name, requires_grad=False)
-            for p in parameters
-        ]
-    )
+    return ParameterTuple([_own(prefix, p, np.zeros(p.shape, np.float32)) for p in parameters])
+
+
+def _own(prefix: str, parameter: Parameter, value: np.ndarray) -> Parameter:
+    """A float32 parameter of the step's own, named after one of the network's."""
+    return Parameter(Tensor(value.copy()), prefix + parameter.name, requires_grad=False)
 
 
 def _spread(values):

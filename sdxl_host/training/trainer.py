@@ -6,31 +6,48 @@ batch (data, noise) -> hooks: noise levels, weights -> six numbers a sample -> c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from mindspore import Tensor
 from omegaconf import OmegaConf
 
 from sdxl_host.assembly import check_fit, make_hooks, make_parts, open_weight
 from sdxl_host.config import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
-from sdxl_host.diffusion.objective import Noise, coefficients
-from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.sampling.sampler import Conditions, PictureSampler
 from sdxl_host.targets import build
-from sdxl_host.training.batches import Batch, Batches
-from sdxl_host.training.checkpoint import Checkpoint, save_checkpoint
-from sdxl_host.training.observers import Checkpoints, FiniteGuard, Grids, Metrics, Progress
-from sdxl_host.training.optimizer import configured
-from sdxl_host.training.precision import LOSS_SCALE, apply_precision, is_half
-from sdxl_host.training.report import plugin_lines, plugin_list, record, start_lines
+from sdxl_host.training import sink, snapshot
+from sdxl_host.training.batches import Batches
+from sdxl_host.training.checkpoint import save_checkpoint
+from sdxl_host.training.inputs import Inputs
+from sdxl_host.training.interruption import Interruption
+from sdxl_host.training.observers import (
+    Agreement,
+    Checkpoints,
+    FiniteGuard,
+    Grids,
+    Metrics,
+    Progress,
+)
+from sdxl_host.training.optimizer import averaging_shares, configured
+from sdxl_host.training.precision import (
+    LOSS_SCALE,
+    check_precision,
+    halve_parameters,
+    is_scaled,
+    set_precision,
+)
+from sdxl_host.training.report import digest, plugin_lines, samples_of, start_lines
 from sdxl_host.training.result import StepResult
-from sdxl_host.training.resume import find_checkpoint, make_folder, settings_text
-from sdxl_host.training.step import TrainStep, compiled
+from sdxl_host.training.resume import RunFolder, find_checkpoint
+from sdxl_host.training.step import StepRunner, TrainStep
+from sdxl_host.training.workers import Workers
 
 __all__ = ["Trainer"]
 
@@ -39,75 +56,118 @@ class Trainer:
     """One run. Observers and plugins see `step`, `total_steps`, `save_path`, `is_main`, `model`,
     `log` and `stop`.
 
-    say: where lines for the user go. Raises HostError for whatever the user can mend, before
-    anything slow has begun where that is possible.
+    say: where lines for the user go. workers: this process among those that share the run. Raises
+    HostError for whatever the user can mend, before anything slow has begun where that is possible.
     """
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        say: Callable[[str], None] = print,
+        workers: Workers | None = None,
+    ) -> None:
         self.config = config
-        self._say = say
+        self.workers = workers or Workers()
+        self.is_main = self.workers.is_main
+        self._say = say if self.is_main else lambda line: None
         self.total_steps = config.data.total_step
-        self.is_main = True
         self.logged: dict[str, float] = {}
+        self.is_interrupted = False
+        self._interruption = Interruption(self._say)
+        self.is_at_rest = True  # the weights are those after `step`; not so within a sink call
         self._stop_reason: str | None = None
+        settings = config.train
 
         # What is cheap to get wrong comes first.
-        checkpoint = find_checkpoint(config)
-        source = open_weight(config.train.weight)
+        check_precision(settings)
         self.dataset: Text2ImageDataset = build(
             OmegaConf.to_container(config.tree.data.dataset_config),
             "dataset",
             "data.dataset_config",
         )
+        self.batch_size = (
+            config.data.per_batch_size * settings.gradient_accumulation_steps * self.workers.count
+        )
+        checkpoint, changes = find_checkpoint(config, samples_of(self.batch_size, self.dataset))
+        source = open_weight(settings.weight) if checkpoint is None else None
         with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
             self.dataset.check(threads)
-        optimizer, rates = configured(config.optim, self.total_steps)
+        own = self.batch_size // self.workers.count
+        places = range(self.workers.rank * own, (self.workers.rank + 1) * own)
+        optimizer, rates = configured(
+            config.optim, self.total_steps, self.batch_size if settings.scale_lr else 1
+        )
         self.hooks = make_hooks(config)
         self.model = self.hooks.build_model(config.tree)
         side = self.dataset.target_size
         check_fit(self.model, (side, side), "data.dataset_config.params.target_size")
-        self.save_path = make_folder(config, checkpoint)
+        if settings.data_sink:
+            sink.check(config, self.hooks, self.model, checkpoint.step if checkpoint else 0)
+        self.workers.agree(
+            digest(config, self.dataset, checkpoint), "settings, plugins, captions or checkpoint"
+        )
+        self.folder = RunFolder(config, checkpoint, self.workers)
+        self.save_path = self.folder.path
 
         # The networks, their weights, and the step that trains them.
-        self.parts = make_parts(self.model, config.train.seed, source)
-        limit = config.train.max_grad_norm if config.train.clip_grad else None
-        apply_precision(self.parts.cell, config.train.ms_amp_level)
-        scale = LOSS_SCALE if is_half(config.train.ms_amp_level) else None
-        self._cell = TrainStep(
-            self.parts.cell, self.parts.trained, optimizer, optimizer.table(rates), limit, scale
+        self.parts = make_parts(self.model, settings.seed, source, checkpoint)
+        if self.workers.count > 1:
+            self.workers.agree(self.parts.digest(), "weights")
+        set_precision(self.model, settings)
+        copies = None
+        if settings.param_fp16:
+            copies = halve_parameters(self.parts.cell, settings.ms_amp_dtype)
+        shares = averaging_shares(settings.ema_decay, self.total_steps)
+        self.cell = TrainStep(
+            self.parts.cell,
+            self.parts.trained,
+            optimizer,
+            optimizer.table(rates),
+            settings.max_grad_norm if settings.clip_grad else None,
+            LOSS_SCALE if is_scaled(settings) else None,
+            batches=settings.gradient_accumulation_steps,
+            averaging=shares if settings.use_ema else None,
+            float32=copies,
+            workers=self.workers.count,
         )
+        self.guard = FiniteGuard(self.cell.is_scaled)
+        # Of plugins, as they were after a step's hooks where those are asked ahead: see sink.
+        self.states_ahead: dict[str, Any] = {}
         self.step = 0
         if checkpoint is not None:
-            self._restore(checkpoint)
-        self._eager = config.train.ms_mode == 1
-        self._run_step = compiled(self._cell, self._eager)
+            changes += snapshot.give_back(self, checkpoint, is_lenient=bool(changes))
+        self._feed = partial(
+            sink.device_queue, queue_size=settings.sink_queue_size, jit_level=settings.jit_level
+        )
+        self._inputs = Inputs(self.hooks, self.model, places, config.data.per_batch_size)
+        self._eager = settings.ms_mode == 1
+        self._run_step = StepRunner(self.cell, self._eager, settings.jit_level)
         self._sampler: PictureSampler | None = None
         self.curve_lines, self.plugin_notes = plugin_lines(config, checkpoint)
-        for line in start_lines(self, optimizer, checkpoint, source):
-            say(line)
+        for line in start_lines(self, optimizer, checkpoint, changes, source):
+            self._say(line)
 
     # ---- the run
 
-    def run(self) -> None:
-        """Trains until the last step, or until an observer asks to stop."""
+    def run(self) -> int:
+        """Trains until the last step, or until an observer or a signal asks to stop.
+
+        Returns the exit code: 0, or 128 and the signal's number.
+        """
         first = self.step + 1
-        if first > self.total_steps:
-            raise ConfigError(
-                f"data.total_step: {self.total_steps} steps are already made; set it higher to "
-                "go on"
-            )
         settings, seed = self.config.train, self.config.train.seed
-        batch_size = self.config.data.per_batch_size
-        metrics = Metrics(self.save_path / "metrics.jsonl", settings.log_interval, self.step)
-        progress = Progress(first, self.total_steps, batch_size, self._say)
+        observers: list[Any] = [Agreement(), self.guard]
         grids = Grids(self.sampler, self._grid_prompts(), settings)
-        checkpoints = Checkpoints(settings.save_ckpt_interval)
-        self.hooks.observe(
-            [FiniteGuard(self._cell.is_scaled), metrics, progress, checkpoints, grids]
-        )
+        checkpoints = Checkpoints(settings.save_ckpt_interval, settings.max_num_ckpt)
+        if self.is_main:
+            metrics = Metrics(self.save_path / "metrics.jsonl", settings.log_interval, self.step)
+            progress = Progress(first, self.total_steps, self.batch_size, self._say)
+            observers += [metrics, progress, checkpoints, grids]
+        self.hooks.observe(observers)
         batches = Batches(
             self.dataset,
-            Order(len(self.dataset), batch_size, seed, self.config.data.shuffle),
+            Order(len(self.dataset), self.batch_size, seed, self.config.data.shuffle),
+            self._inputs.places,
             seed,
             self._latent_shape(),
             self.model.offset_noise_level,
@@ -115,72 +175,86 @@ class Trainer:
             self.config.data.num_parallel_workers,
         )
         if not self._eager:
-            self._say("compiling the training step; this takes up to a minute, once")
+            self._say(
+                "compiling the training step; this takes up to a minute, on Ascend at full size "
+                "many, once"
+            )
         started = time.monotonic()
+        try:
+            make = self._sunk_steps if settings.data_sink else self._steps
+            with self._interruption, closing(make(batches)) as results:
+                for result in results:
+                    self.step = result.step
+                    self.logged.clear()
+                    self.hooks.on_step_end(self, result)
+                    if self.is_last:
+                        break
+        finally:
+            batches.close()
+            for observer in observers:
+                observer.close()
+            self.folder.release()
+        if self._stop_reason is not None:
+            self._say(f"stopped after step {self.step}: {self._stop_reason}")
+        for line in self.guard.lines():
+            self._say(line)
+        self._say(f"trained to step {self.step} in {time.monotonic() - started:.0f} s")
+        self._say(f"metrics     {self.save_path / 'metrics.jsonl'}")
+        self._say(f"settings    {self.save_path / 'config.yaml'}")
+        self._say(f"checkpoint  {checkpoints.last}")
+        if grids.last is not None:
+            self._say(f"pictures    {grids.last}")
+        if self.is_interrupted:
+            flag = "--resume" if settings.save_optimizer else "--weight"
+            self._say(f"to go on    sdxl-host train ... {flag} {checkpoints.last}")
+        # The launcher kills all workers when one ends with an error, rank 0 at its saving too.
+        number = self._interruption.number if self.is_main else None
+        return 0 if number is None else 128 + number
+
+    def _steps(self, batches: Batches) -> Generator[StepResult, None, None]:
+        """Makes one step after the other. The next batch is made while a step runs; the hooks of a
+        step are called only after the observers of the one before."""
+        first = self.step + 1
         ahead = ThreadPoolExecutor(1, "ahead")
         try:
-            # The next batch is made while this step runs; the hooks of a step are called only
-            # after the observers of the one before.
             following = ahead.submit(batches.batch, first)
             for step in range(first, self.total_steps + 1):
                 batch = following.result()
                 if step < self.total_steps:
                     following = ahead.submit(batches.batch, step + 1)
-
-                noise = self._draw_noise_levels(step, batch)
-                weights = self.hooks.weight_loss(self.model, noise, step)
-                numbers = coefficients(self.model.preconditioning, noise.sigma, weights)
-                outputs = self._run_step(*self._device_inputs(batch, numbers.stacked()))
-
-                self.step = step
-                self.logged.clear()
-                names = [sample.name for sample in batch.samples]
-                result = StepResult(step, noise, weights, names, outputs)
-                self.hooks.on_step_end(self, result)
-                if self._stop_reason is not None:
-                    break
+                noise, weights = self._inputs.ask_hooks(batch)
+                outputs = self._run_step(self._inputs.arrays(batch, noise, weights))
+                yield StepResult(step, noise, weights, batch.names, outputs)
         finally:
             ahead.shutdown(wait=True, cancel_futures=True)
-            batches.close()
-            progress.close()
-            metrics.close()
-        if self._stop_reason is not None:
-            self._say(f"stopped after step {self.step}: {self._stop_reason}")
-        self._say(f"trained to step {self.step} in {time.monotonic() - started:.0f} s")
-        self._say(f"metrics     {self.save_path / 'metrics.jsonl'}")
-        self._say(f"settings    {self.save_path / 'config.yaml'}")
-        self._say(f"checkpoint  {checkpoints.last}")
-        self._say(f"pictures    {grids.last}")
 
-    def _draw_noise_levels(self, step: int, batch: Batch) -> Noise:
-        """The step's G noise levels, from the distribution that the hooks give."""
-        distribution = self.hooks.sample_timesteps(self.model, step)
-        sigma = distribution.quantile(batch.level_u)
-        if not (np.isfinite(sigma).all() and (sigma > 0).all()):
-            raise PluginError(
-                f"sample_timesteps: {self.hooks.chain('sample_timesteps')}: drew the noise levels "
-                f"{sigma}; every sigma must be finite and above 0"
-            )
-        return Noise.at(sigma, self.model.schedule, distribution)
+    def _sunk_steps(self, batches: Batches) -> Generator[StepResult, None, None]:
+        """Makes `sink_size` steps in a call; see `sink`."""
+        size, first = self.config.train.sink_size, self.step + 1
+        self._inputs.encode = sink.FixedCaptions(self.hooks, self.model, self.dataset)
 
-    def _device_inputs(self, batch: Batch, numbers: np.ndarray) -> list[Tensor]:
-        """What the compiled step takes, as float32 tensors."""
-        conditioner = self.model.conditioner
-        captions = [sample.caption for sample in batch.samples]
-        embedding = self.hooks.encode_prompt(captions, self.model.encoders)
-        vector = conditioner.vector(embedding, batch.sizes)
-        embedding, vector = conditioner.drop(embedding, vector, batch.dropout_u)
-        latents = self.model.first_stage.encode(batch.pixels, batch.posterior)
-        mask = embedding.attended()
-        arrays = (latents, batch.noise, numbers, embedding.context, vector, mask)
-        return [Tensor(np.ascontiguousarray(array, np.float32)) for array in arrays]
+        def prepared() -> Iterator[tuple[Any, Sequence[np.ndarray]]]:
+            for batch in map(batches.batch, range(first, self.total_steps + 1)):
+                noise, weights = self._inputs.ask_hooks(batch)
+                (arrays,) = self._inputs.arrays(batch, noise, weights)
+                yield (batch.step, noise, weights, batch.names), arrays
+
+        step = sink.SinkStep(self.cell, size, self.batch_size)
+        calls = (self.total_steps - self.step) // size
+        outputs = sink.outputs(step, prepared(), calls, self._feed, self.hooks.state_dict)
+        observing = self.hooks.observing_plugins()
+        for own, given, self.is_at_rest, states in outputs:
+            # A plugin that observes is told of this step only now, and answers nothing ahead of it.
+            self.states_ahead = {n: state for n, state in states.items() if n not in observing}
+            yield StepResult(*own, given)
 
     # ---- what observers may use
 
     @property
     def is_last(self) -> bool:
         """Whether no step follows this one."""
-        return self.step == self.total_steps or self._stop_reason is not None
+        asked = self.step == self.total_steps or self._stop_reason is not None
+        return asked and self.is_at_rest
 
     def log(self, name: str, value: float) -> None:
         """Adds a number to this step's line in metrics.jsonl."""
@@ -189,6 +263,17 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """Ends the run after this step, with a checkpoint."""
         self._stop_reason = reason
+
+    def agree_to_stop(self) -> None:
+        """Stops every worker where one is asked to; after a signal without drawing pictures."""
+        signal = self._interruption
+        if not self.workers.any(self._stop_reason is not None or signal.number is not None):
+            return
+        if self.workers.any(signal.number is not None):
+            self.is_interrupted = True
+            self.stop(f"interrupted by {signal.name or 'a signal to another worker'}")
+        elif self._stop_reason is None:
+            self.stop("as another worker asked")
 
     def sampler(self) -> PictureSampler:
         """Draws pictures from the weights as they are."""
@@ -200,35 +285,15 @@ class Trainer:
             self._sampler = PictureSampler(self.hooks, self.model, told, self._eager)
         return self._sampler
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the network computes with the moving averages, where `use_ema` keeps them."""
+        return self.cell.averaged()
+
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder."""
-        parameters = {name: p.asnumpy() for name, p in self.parts.network.items()}
-
-        def export(folder: Path) -> None:
-            for change in self.model.changes:
-                if change.export is not None:
-                    change.export(parameters, folder)
-
-        return save_checkpoint(
-            self.save_path / "checkpoints",
-            self.step,
-            settings_text(self.config),
-            parameters,
-            {name: p.asnumpy() for name, p in self.parts.frozen.items()},
-            self._cell.state(),
-            self.hooks.state_dict(),
-            plugin_list(self.config),
-            record(self),
-            export,
-        )
+        return save_checkpoint(self.save_path / "checkpoints", snapshot.take(self))
 
     # ---- the beginning
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.parts.load(checkpoint.folder)
-        self._cell.load_state(checkpoint.optimizer_state())
-        self.hooks.load_state_dict(checkpoint.plugin_states())
-        self.step = checkpoint.step
 
     def _latent_shape(self) -> tuple[int, int, int]:
         first_stage = self.model.first_stage

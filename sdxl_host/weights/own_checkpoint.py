@@ -37,20 +37,26 @@ Shapes = Mapping[str, tuple[int, ...]]
 _CONDITIONER = "conditioner."
 
 
-def open_own_checkpoint(folder: Path) -> Source:
+def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
     """The weights of a checkpoint folder, whose files are checked. Raises DataError, also where
     plugins have added weights to the network, which no format has a place for.
 
-    metadata: the objective, the plugins with their options, who encodes prompts, and the size.
+    use_averages: the moving averages, where the checkpoint keeps them, in place of the weights they
+    are of. metadata: the objective, the plugins with their options, who encodes prompts, and the
+    size.
     """
     # Late: it imports MindSpore, and the other formats do without.
-    from sdxl_host.assembly import FROZEN_FILE, NETWORK_FILE
+    from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
     from sdxl_host.training.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     config: dict[str, Any] = yaml.safe_load(checkpoint.config_file.read_text("utf-8"))
-    merged = _both(open_safetensors(folder / NETWORK_FILE), open_safetensors(folder / FROZEN_FILE))
-    found = without_extras(merged, f"{folder} (checkpoint of step {checkpoint.step})")
+    merged = _over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
+    described = f"{folder} (checkpoint of step {checkpoint.step})"
+    if use_averages and (folder / AVERAGES_FILE).is_file():
+        merged = _over(merged, open_safetensors(folder / AVERAGES_FILE))
+        described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
+    found = without_extras(merged, described)
     architecture = _architecture(found.shapes, config["model"]["params"])
     _refuse_additions(folder, checkpoint.record["hooks"]["build_model"], found.shapes, architecture)
     options: Mapping[str, Any] = config.get("plugins") or {}
@@ -76,12 +82,12 @@ def open_own_checkpoint(folder: Path) -> Source:
     )
 
 
-def _both(network: Tensors, frozen: Tensors) -> Tensors:
-    """The tensors of both files, which have no name in common."""
+def _over(first: Tensors, later: Tensors) -> Tensors:
+    """The tensors of both files, the later one's in front."""
     return Tensors(
-        shapes={**network.shapes, **frozen.shapes},
-        dtypes={**network.dtypes, **frozen.dtypes},
-        read=lambda name: (network if name in network.shapes else frozen).read(name),
+        shapes={**first.shapes, **later.shapes},
+        dtypes={**first.dtypes, **later.dtypes},
+        read=lambda name: (later if name in later.shapes else first).read(name),
     )
 
 

@@ -47,21 +47,22 @@ def open_weights(path: Path) -> Source:
     return _completed(_open(path))
 
 
-def open_all(paths: Sequence[Path]) -> Source:
+def open_all(paths: Sequence[Path], use_averages: bool = True) -> Source:
     """Several sources as one; of two of a tensor the later counts. Raises DataError.
 
     What the U-Net predicts, and how it was trained, is said by the last source with a U-Net.
+    use_averages: as in `open_own_checkpoint`.
     """
-    opened = [_open(path) for path in paths]
+    opened = [_open(path, use_averages) for path in paths]
     metadata, notes = _joint_metadata(opened)
     merged = reduce(_over, opened)
     return _completed(replace(merged, metadata=metadata, notes=(*merged.notes, *notes)))
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path, use_averages: bool = True) -> Source:
     if path.is_dir():
         if (path / "state.json").is_file():
-            return open_own_checkpoint(path)
+            return open_own_checkpoint(path, use_averages)
         if (path / "model_index.json").is_file() or (path / "config.json").is_file():
             return open_diffusers(path)
         raise DataError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_host.disk import sync_folder, write_new
+from sdxl_host.disk import sync, write_new
 from sdxl_host.errors import DataError
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
@@ -267,9 +267,9 @@ def _aside(target: Path, total: int) -> Iterator[Path]:
         yield partial
         if partial.is_dir():
             for inner in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-                sync_folder(inner)
+                sync(inner)
         os.replace(partial, target)
-        sync_folder(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise DataError(
             f"{target}: can't be written ({error.strerror or error}); nothing was left behind; "

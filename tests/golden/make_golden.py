@@ -1,4 +1,4 @@
-"""Golden arrays from diffusers and transformers, for the tests of the MindSpore networks.
+"""Golden arrays from diffusers, transformers and torch, for the tests that have none of them.
 
     python -m pip install -r tests/golden/requirements.txt
     python tests/golden/make_golden.py            # writes tests/golden/*.npz
@@ -25,7 +25,9 @@ import torch
 from autoencoders import golden_autoencoder
 from formulas import golden_min_snr, golden_schedule, golden_timestep_embedding
 from loading import Arrays
+from optimizers import golden_adamw
 from samplers import golden_dpmpp_2m, golden_euler, golden_euler_a, golden_heun
+from schedules import golden_learning_rates
 from text_encoders import golden_clip_l, golden_open_clip_g, golden_tokenizer
 from unets import golden_unet_a, golden_unet_b, golden_unet_c, golden_unet_d
 
@@ -47,6 +49,8 @@ GENERATORS: dict[str, Callable[[], Arrays]] = {
     "dpmpp_2m": golden_dpmpp_2m,
     "min_snr": golden_min_snr,
     "tokenizer": golden_tokenizer,
+    "learning_rates": golden_learning_rates,
+    "adamw": golden_adamw,
 }
 
 

@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM: the step in hand is finished and saved; a second one ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interruption"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Inside, the first signal is noted and said; then the signals have their own effect again.
+
+    number: the signal that came, or None. Elsewhere than in the main thread, where Python takes no
+    signals, nothing is changed.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._earlier: dict[int, Any] = {}
+        self.number: int | None = None
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    @property
+    def name(self) -> str:
+        """What the signal is called: SIGTERM, or SIGINT of Ctrl-C."""
+        return "" if self.number is None else signal.Signals(self.number).name
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        told = f"{self.name}: the step in hand is finished and saved; once more ends at once"
+        # The signal may come in the midst of another line, which can't be broken for this one.
+        with contextlib.suppress(RuntimeError):
+            self._say(told)
