@@ -25,7 +25,7 @@ from sdxl_host.plugins import discover, import_class, make_instance
 from sdxl_host.testing import checks, hashes, run_checks
 from sdxl_host.testing.parts import noise_levels, tiny_encoders, tiny_model
 from sdxl_host.testing.run_checks import Runs
-from sdxl_host.testing.runs import TinyRun, only, tiny_run
+from sdxl_host.testing.runs import TinyRun, only, tiny_run, train_tiny
 from sdxl_host.testing.snapshot import attributes, changed, class_attributes
 from sdxl_host.testing.subject import Subject
 
@@ -590,11 +590,11 @@ def test_what_belongs_to_others_is_not_looked_into():
         pass
 
     class One:
-        log, np = logging.getLogger(__name__), np
+        log, numpy = logging.getLogger(__name__), np
 
         def __init__(self) -> None:
             self.log, self.adapter, self.np = type(self).log, Adapter(type(self).log, {}), np
-            self.tensor, self.cell = Tensor(np.ones(2)), nn.Dense(1, 1)
+            self.tensor, self.cell = Tensor(np.ones(2)), nn.Cell()
             self.inner = Inner()
             self.inner.weights = [Parameter(np.ones(2, np.float32))]
             self.recent = deque([1.0])
@@ -620,7 +620,8 @@ def test_an_array_of_another_library_is_compared_element_by_element():
         def __ne__(self, other: object) -> Any:
             return np.array([False, True])
 
-        __hash__ = None
+        def __hash__(self) -> int:
+            return 0
 
     assert changed({"a": Array()}, {"a": Array()}) == ["a"]
 
@@ -674,7 +675,7 @@ def test_a_tiny_run_tells_what_it_left(plain):
 def test_it_sees_no_plugin_but_those_named(site, tmp_path, device):
     site.add("oak")
     with pytest.raises(PluginError, match="plugin oak is not installed"):
-        tiny_run(["oak"], folder=tmp_path, visible=[])
+        train_tiny(["oak"], folder=tmp_path, steps=1, visible=[])
     with pytest.raises(PluginError, match="plugin snr is not installed"):
         tiny_run(["snr"], folder=tmp_path)
 
