@@ -13,7 +13,7 @@ demo: $(VENV)/ready  ## trains a small model with two plugins on the carried pic
 	$(VENV)/bin/sdxl-host train --plugins edm,snr
 
 test: $(VENV)/ready-dev  ## the whole test suite
-	$(VENV)/bin/python -m pytest -m "not soak" -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder
 
 parity: $(VENV)/ready-dev $(VENV)-parity/ready  ## our networks against diffusers and transformers, live
 	$(VENV)-parity/bin/python tests/golden/make_golden.py --check

@@ -328,8 +328,8 @@ def plugin_class(name: str) -> type:
 def _package(name: str, requires: str | None = ">=0.1,<0.2", **other: Any) -> Installed:
     """A package as its metadata would declare it."""
     values = {"distribution": name.replace("_", "-"), "version": "1.0", "module": name} | other
-    bounds = SpecifierSet(requires) if requires else None
-    return Installed(name, values["distribution"], values["version"], bounds, values["module"], "P")
+    values["requires"] = SpecifierSet(requires) if requires else None
+    return Installed(name=name, attribute="P", **values)
 
 
 # ---- what is refused, each with what causes it
@@ -394,7 +394,11 @@ def refusal_of_class(cls: type) -> PluginError:
 
 
 # What the package declares, and the packages that are installed, the one in question first.
+_FOLDER = "site-packages/mine-1.0.dist-info"
 PACKAGES: dict[str, list[Installed]] = {
+    "a damaged file `METADATA`": [
+        _package("mine", damage=f"the metadata in {_FOLDER} can't be read (no Name)")
+    ],
     "no version of `sdxl-host`": [_package("mine", requires=None)],
     "`sdxl-host>=0.9,<1` in its dependencies": [_package("mine", requires=">=0.9,<1")],
     "an entry point named `My.Weight`": [_package("My.Weight", distribution="mine")],

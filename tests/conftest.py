@@ -102,16 +102,10 @@ class Site:
         return os.pathsep.join([str(self.folder), str(host), *filter(None, [_outer_path()])])
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever compares with golden arrays is run by `make parity` too. The tests of a file stay in
-    one process, because they share fixtures; so do all that use the fresh environment."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if "golden" in fixtures:
-            item.add_marker(pytest.mark.parity)
-        group = "fresh environment" if "environment" in fixtures else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Whatever compares with golden arrays is run by `make parity` too."""
+    if "golden" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.parity)
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +131,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of a fresh environment with `sdxl-host[edm,snr]` from the wheels.
 
-    Whoever installs more into it removes that again.
+    Whoever installs more into it removes that again. Of the processes that `make test` shares the
+    files among, each would make its own, so one file alone uses it.
     """
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.create(folder, with_pip=True)

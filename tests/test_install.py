@@ -1,15 +1,42 @@
-"""The packages as users install them: wheels, a fresh environment, an empty folder.
+"""The packages as users install them, in one fresh environment: wheels, commands in an empty
+folder, and docs/plugins.md as its reader follows it, every command, in order.
 
-One environment serves all tests of this file, and those of the tutorial, which leave it as it was.
+Blocks under `<!-- checked: tutorial -->` are commands and what they print; a line `...` there
+stands for any lines. Blocks under `<!-- file: PATH -->` are files that the commands have written.
+Where the page is out of date the test writes beside it what it should be, and says where.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from sdxl_host.hookspecs import HOOKS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "plugins.md"
+_BLOCK = re.compile(
+    r"^<!-- (?P<kind>checked|file): (?P<subject>[^\n]+) -->\n(?:<!-- not run: [^\n]+ -->\n)?"
+    r"(?P<fence>`{3,})\w+\n(?P<text>.*?)^(?P=fence)\n",
+    re.MULTILINE | re.DOTALL,
+)
+# What differs from one machine or one moment to the next.
+_VARYING = (
+    (re.compile(r"\d{4}\.\d\d\.\d\d-\d\d\.\d\d\.\d\d"), "DATE"),
+    (re.compile(r"\d+(\.\d+)? ms\b"), "TIME"),
+    (re.compile(r"\b\d+(\.\d+)? ?s\b( \(\d+:\d\d:\d\d\))?"), "TIME"),
+    (re.compile(r"\d+(\.\d+)? images/s, \d+:\d\d left"), "SPEED"),
+    (re.compile(r"[\d,]+ us a step \((\w+) [\d,]+\)"), r"TIME a step (\1)"),
+    (re.compile(r"={2,}"), "=="),  # pytest fills the line that its time stands in
+)
 # A run of the embedded default, as short as can be.
 SHORT = ["data.total_step=2", "train.ms_mode=1", "train.sample_count=1", "train.sample_steps=1"]
 
@@ -81,6 +108,7 @@ def test_it_trains_in_an_empty_folder(environment: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
@@ -118,3 +146,197 @@ def test_a_plugin_that_is_not_installed_is_named_with_the_remedy(
     done = run(environment, tmp_path, "train", "--plugins", "edm,lpw")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "sdxl-host: error: plugin lpw is not installed; pip install sdxl-lpw\n"
+
+
+# ---- docs/plugins.md
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the page: checked or file, where its text stands, what it says and should say."""
+
+    kind: str
+    start: int
+    end: int
+    printed: str
+    real: str
+
+
+class Reader:
+    """Does what the page says: a shell with a working folder, and the fresh environment."""
+
+    def __init__(self, programs: Path, dist: Path, folder: Path) -> None:
+        self.programs = programs
+        self.folder = folder
+        found = [str(dist), *os.environ.get("PIP_FIND_LINKS", "").split()]
+        kept = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
+        self.environment = {
+            **kept,
+            "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
+            "PIP_FIND_LINKS": " ".join(found),
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "COLUMNS": "80",
+        }
+
+    def run(self, command: str) -> str:
+        """What the command prints; the test fails where it fails without a word of sdxl-host."""
+        words = shlex.split(command)
+        if words[0] == "cd":
+            self.folder = self.folder / words[1]
+            return ""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        refused = done.stderr.startswith("sdxl-host: error: ")
+        told = done.stdout + done.stderr
+        assert done.returncode == (2 if refused else 0), f"$ {command}\n{told}"
+        # What pip warns of is this machine's settings.
+        return done.stdout if words[0] == "pip" else told
+
+    def installed(self) -> set[str]:
+        """The packages of the environment."""
+        words = [str(self.programs / "python"), "-m", "pip", "list", "--format=freeze"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return {line.partition("==")[0] for line in done.stdout.splitlines()}
+
+    def uninstall(self, packages: set[str]) -> None:
+        words = [str(self.programs / "python"), "-m", "pip", "uninstall", "--quiet", "--yes"]
+        subprocess.run([*words, *sorted(packages)], check=True)
+
+
+@pytest.fixture(scope="module")
+def reader(
+    environment: Path, dist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Reader]:
+    """A reader in an empty folder; what is installed by the tests of this file goes again."""
+    reader = Reader(environment, dist, tmp_path_factory.mktemp("tutorial"))
+    before = reader.installed()
+    yield reader
+    added = reader.installed() - before
+    if added:
+        reader.uninstall(added)
+
+
+@pytest.fixture(scope="module")
+def blocks(reader: Reader) -> list[Block]:
+    """The blocks of the page, after following it from its top to its end."""
+    done = []
+    for part in _BLOCK.finditer(PAGE.read_text("utf-8")):
+        if part["kind"] == "file":
+            real = (reader.folder / part["subject"]).read_text("utf-8")
+        else:
+            assert part["subject"] == "tutorial"
+            real = followed(part["text"], reader)
+        done.append(Block(part["kind"], *part.span("text"), part["text"], real))
+    return done
+
+
+def followed(text: str, reader: Reader) -> str:
+    """The text of a block with what its commands print now; what agrees stays as it is."""
+    lines = []
+    for command, printed in commands(text):
+        real = reader.run(command).splitlines()
+        lines += [f"$ {command}", *(printed if agree(printed, real) else real)]
+    return "\n".join(lines) + "\n"
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Each command of a block with the lines printed below it."""
+    found: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            found.append((line.removeprefix("$ "), []))
+        else:
+            found[-1][1].append(line)
+    return found
+
+
+def agree(printed: list[str], real: list[str]) -> bool:
+    """Whether the lines are the same but for what varies and what `...` leaves out."""
+    lines = ["(?:.*\n)*" if line == "..." else re.escape(fixed(line)) + "\n" for line in printed]
+    return re.fullmatch("".join(lines), "".join(fixed(line) + "\n" for line in real)) is not None
+
+
+def fixed(line: str) -> str:
+    for varying, name in _VARYING:
+        line = varying.sub(name, line)
+    return line.rstrip()
+
+
+def with_real(blocks: list[Block]) -> str:
+    """The page as it should be."""
+    text = PAGE.read_text("utf-8")
+    for block in reversed(blocks):
+        text = text[: block.start] + block.real + text[block.end :]
+    return text
+
+
+# ---- how the page is compared
+
+
+@pytest.mark.parametrize(
+    ("printed", "real", "expected"),
+    [
+        ("a", "a", True),
+        ("a", "b", False),
+        ("a", "a\nb", False),
+        ("a\nb", "a", False),
+        ("a\n...", "a\nb\nc", True),
+        ("a\n...\nc", "a\nc", True),
+        ("...\nb\n...", "a\nb", True),
+        ("...\nb\n...", "a\nc", False),
+        ("run   runs/2026.11.23-05.50.26", "run   runs/2027.01.02-03.04.05", True),
+        ("in 141 ms, 35 us a step (x 35)", "in 9.5 ms, 1,035 us a step (x 7)", True),
+        ("in 141 ms, 35 us a step (x 35)", "in 141 ms, 35 us a step (y 35)", False),
+        ("=== 2 passed in 148.89s (0:02:28) ===", "===== 2 passed in 9.1s =====", True),
+        ("=== 2 passed in 148.89s (0:02:28) ===", "=== 3 passed in 148.89s (0:02:28) ===", False),
+        ("trained to step 3 in 4 s", "trained to step 3 in 21 s", True),
+        ("loss 0.5  0.3 images/s, 0:06 left", "loss 0.5  9 images/s, 1:23 left", True),
+        ("loss 0.5  0.3 images/s, 0:06 left", "loss 0.6  0.3 images/s, 0:06 left", False),
+    ],
+)
+def test_what_varies_and_what_does_not(printed: str, real: str, expected: bool) -> None:
+    assert agree(printed.splitlines(), real.splitlines()) is expected
+
+
+# ---- the page
+
+
+def test_everything_it_shows_is_what_its_reader_sees(blocks: list[Block], tmp_path: Path) -> None:
+    assert len(blocks) > 5
+    mended = tmp_path / PAGE.name
+    mended.write_text(with_real(blocks), "utf-8")
+    assert all(block.printed == block.real for block in blocks), f"{PAGE}: is not as {mended}"
+
+
+def test_it_goes_all_the_way(blocks: list[Block]) -> None:
+    checked = "".join(block.printed for block in blocks if block.kind == "checked")
+    done = [command for command, _ in commands(checked)]
+    for command in (
+        "sdxl-host new-plugin my_weight --hooks weight_loss",
+        "cd my_weight",
+        "pip install --quiet -e '.[test]'",
+        "pytest",
+        "sdxl-host plugins --check",
+        "sdxl-host train --config tiny.yaml --plugins my_weight",
+    ):
+        assert command in done
+
+
+def test_a_package_with_an_example_of_every_hook_passes_its_own_tests(
+    reader: Reader, blocks: list[Block], dist: Path, tmp_path: Path
+) -> None:
+    """After the tutorial, which lists what is installed; `reader` removes this package too."""
+    other = Reader(reader.programs, dist, tmp_path)
+    other.run(f"sdxl-host new-plugin all_five --hooks {','.join(HOOKS)}")
+    other.run("cd all_five")
+    other.run("pip install --quiet -e '.[test]'")
+    passed = re.search(r"^(\d+) passed", other.run("pytest --quiet -k 'not pairing'"), re.MULTILINE)
+    # One test of its own for each hook; the rest is the contract.
+    assert passed and int(passed[1]) > 2 * len(HOOKS)

@@ -253,7 +253,7 @@ def test_the_types_are_right(written: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["all_five", "noise"])
 def test_the_tests_of_its_formulas_pass(written: Path, name: str) -> None:
-    """The contract is for a package that is installed; test_tutorial.py sees to it."""
+    """The contract is for a package that is installed; test_install.py sees to it."""
     path = os.pathsep.join([str(written / name), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not TestContract"],

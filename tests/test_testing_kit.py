@@ -726,8 +726,8 @@ def test_a_plugin_with_state_keeps_its_promises(subject, plain, device):
     assert runs.whole.losses != plain.losses  # it acts
     line = run_checks.cost_line(runs)
     assert re.fullmatch(
-        r"oak \(fake-oak 1\.0\): imported in \d+ ms, \d+ us a step \(weight_loss \d+, on_step_end "
-        r"\d+\)",
+        r"oak \(fake-oak 1\.0\): imported in \d+ ms, [\d,]+ us a step \(weight_loss [\d,]+, "
+        r"on_step_end [\d,]+\)",
         line,
     )
 
