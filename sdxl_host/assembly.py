@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from mindspore import Parameter, nn
 from mindspore.nn.utils import no_init_parameters
 
@@ -30,6 +29,7 @@ from sdxl_host.weights.initial import initialize_network, initialize_text_encode
 from sdxl_host.weights.metadata import SCALE_FACTOR, recorded_objective
 from sdxl_host.weights.names import single_file_parameters
 from sdxl_host.weights.source import Source, open_all
+from sdxl_host.weights.tensors import open_safetensors, over
 
 __all__ = [
     "AVERAGES_FILE",
@@ -59,13 +59,13 @@ def make_hooks(config: RunConfig) -> Hooks:
 
 
 class SavedWeights(Protocol):
-    """A checkpoint, as far as weights go."""
+    """A checkpoint, as far as weights go: its folder, and whether that has `AVERAGES_FILE`."""
 
-    folder: Path
+    @property
+    def folder(self) -> Path: ...
 
-    def averages(self) -> dict[str, np.ndarray]:
-        """The moving averages by name; empty where none were kept."""
-        ...
+    @property
+    def has_averages(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -200,19 +200,24 @@ def make_parts(
         network, trained = change_network(model, network)
         cell.recompute_blocks()
         return Parts(cell, network, frozen, trained)
-    file, frozen_file = checkpoint.folder / NETWORK_FILE, checkpoint.folder / FROZEN_FILE
-    weights = files.read(file)
-    if averaged:
-        weights |= checkpoint.averages()
+    weights = _saved(checkpoint.folder / NETWORK_FILE)
+    if averaged and checkpoint.has_averages:
+        weights = over(weights, _saved(checkpoint.folder / AVERAGES_FILE))
     if model.changes:
         # A change may look at the weights it finds, so they are there before it as well as after.
-        files.assign(network, {n: array for n, array in weights.items() if n in network}, str(file))
+        inside = {name: shape for name, shape in weights.shapes.items() if name in network}
+        files.load(network, replace(weights, shapes=inside))
     network, trained = change_network(model, network)
     cell.recompute_blocks()
-    files.assign(network, weights, str(file))
-    del weights
-    files.assign(frozen, files.read(frozen_file), str(frozen_file))
+    files.load(network, weights)
+    files.load(frozen, _saved(checkpoint.folder / FROZEN_FILE))
     return Parts(cell, network, frozen, trained)
+
+
+def _saved(file: Path) -> Source:
+    """A file of a checkpoint; at full size it would not fit into memory beside the networks."""
+    found = open_safetensors(file)
+    return Source(found.shapes, found.dtypes, found.read, description=str(file))
 
 
 def change_network(

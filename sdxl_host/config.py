@@ -21,8 +21,9 @@ from sdxl_host.options import build_options, first_line, union_members
 from sdxl_host.plugin_targets import adopt
 from sdxl_host.plugins import Installed, normalize
 from sdxl_host.selection import Selection
-from sdxl_host.settings import SCHEMAS, DataSettings, OptimSettings, TrainSettings
+from sdxl_host.settings import FLAG_HOMES, SCHEMAS, DataSettings, OptimSettings, TrainSettings
 from sdxl_host.targets import idle_params
+from sdxl_host.unused import unused_lines, written_in
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -106,14 +107,17 @@ def _assemble(tree: DictConfig, lines: Arguments, path: str) -> RunConfig:
     notices = _drop_idle(tree)
     _check_sections(tree, where)
     _normalize_plugins(tree, where)
+    written = written_in(tree)
+    commanded = {key for key, _ in lines.overrides}
     for key, text in lines.overrides:
         _override(tree, key, text)
     _check_sections(tree, where)
     _complete(tree, where)
     selection = Selection([str(name) for name in tree.plugins], lines.plugins)
-    adopt(tree, selection, {key for key, _ in lines.overrides})
+    adopt(tree, selection, commanded)
     for flag in lines.flags():
         apply_flag(tree, flag, selection, lines)
+        commanded.add(FLAG_HOMES.get(flag.name, f"train.{flag.name}"))
     chosen, plugin_notices = selection.finish(tree)
     _resolve(tree)
     settings: dict[str, Any] = {}
@@ -124,7 +128,7 @@ def _assemble(tree: DictConfig, lines: Arguments, path: str) -> RunConfig:
     tree.plugins = {p.installed.name: asdict(p.options) if p.options else {} for p in selected}
     _check_parts(settings["train"], settings["data"], settings["optim"])
     plain = _plain(tree)
-    notices += _idle_settings(settings["train"])
+    notices += unused_lines(plain, written, commanded)
     for section in ("model", "data", "optim"):
         notices += idle_params(plain[section], section)
     OmegaConf.set_readonly(tree, True)
@@ -174,11 +178,6 @@ def _check_parts(train: TrainSettings, data: DataSettings, optim: OptimSettings)
             "data.python_multiprocessing: True is not supported; pictures are loaded by "
             "data.num_parallel_workers threads, set it to False"
         )
-    if train.negative_prompt and train.guidance_scale == 1.0:
-        raise ConfigError(
-            "train.negative_prompt: has no effect at guidance_scale 1; raise it, or leave the "
-            "prompt out"
-        )
     if train.sink_queue_size == 0:
         raise ConfigError(
             "train.sink_queue_size: a queue of 0 steps holds nothing; give at least 1, or -1 for "
@@ -190,25 +189,6 @@ def _check_parts(train: TrainSettings, data: DataSettings, optim: OptimSettings)
     ):
         if not node:
             raise ConfigError(f"{key}: needs a `target` and may have `params`; add it")
-
-
-# Settings that matter only where another one is on.
-_SWITCHED_BY = {
-    "max_grad_norm": "clip_grad",
-    "ema_decay": "use_ema",
-    "sink_size": "data_sink",
-    "sink_queue_size": "data_sink",
-}
-
-
-def _idle_settings(train: TrainSettings) -> list[str]:
-    """A line for each setting that was changed and, with its switch off, has no effect."""
-    usual = TrainSettings()
-    return [
-        f"train.{name} has no effect: {switch} is off"
-        for name, switch in _SWITCHED_BY.items()
-        if getattr(train, name) != getattr(usual, name) and not getattr(train, switch)
-    ]
 
 
 # ---- files

@@ -79,13 +79,13 @@ def on_ascend() -> bool:
 def limit_memory(most: str) -> None:
     """Lets MindSpore take at most this much of the device's memory, such as "59GB"; "" sets none.
 
-    Before anything runs there. Raises ConfigError for a text that is no size, and on the CPU, whose
-    memory MindSpore does not limit.
+    Before anything runs there. Raises ConfigError for a text that is no size above 0, and on the
+    CPU, whose memory MindSpore does not limit.
     """
     if not most:
         return
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?GB", most):
-        raise ConfigError(f"--max_device_memory {most}: is no size; write it as 59GB")
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?GB", most) or float(most.removesuffix("GB")) == 0:
+        raise ConfigError(f"--max_device_memory {most}: is no size above 0; write it as 59GB")
     if not on_ascend():
         raise ConfigError(
             f"--max_device_memory {most}: limits an Ascend device, and this run is on the CPU; "

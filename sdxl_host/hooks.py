@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,11 +258,12 @@ class Hooks:
             notes = getattr(plugin.instance, "notes", None)
             if notes is None:
                 continue
-            named = inspect.signature(notes).parameters
-            given: dict[str, Any] = {"model": model} if "model" in named else {}
-            if "distribution" in named:
-                given["distribution"] = self.sample_timesteps(model, 1)
-            lines += [f"{plugin.name}: {line}" for line in notes(**given)]
+            with self._blamed(plugin.name, "notes"):
+                named = inspect.signature(notes).parameters
+                given: dict[str, Any] = {"model": model} if "model" in named else {}
+                if "distribution" in named:
+                    given["distribution"] = self.sample_timesteps(model, 1)
+                lines += [f"{plugin.name}: {line}" for line in notes(**given)]
         return lines
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -270,7 +271,7 @@ class Hooks:
         states = {}
         for plugin in self.plugins:
             if hasattr(plugin.instance, "state_dict"):
-                with self._blamed(plugin, "state_dict"):
+                with self._blamed(plugin.name, "state_dict"):
                     states[plugin.name] = plugin.instance.state_dict()
         return states
 
@@ -286,7 +287,7 @@ class Hooks:
             if not hasattr(plugin.instance, "load_state_dict"):
                 continue
             if plugin.name in states:
-                with self._blamed(plugin, "load_state_dict"):
+                with self._blamed(plugin.name, "load_state_dict"):
                     plugin.instance.load_state_dict(states[plugin.name])
             elif is_lenient:
                 notes.append(f"the state of {plugin.installed} begins anew")
@@ -362,13 +363,32 @@ class Hooks:
         ) from error
 
     @contextmanager
-    def _blamed(self, plugin: Plugin, method: str) -> Iterator[None]:
+    def _blamed(self, name: str, method: str) -> Iterator[None]:
         """What is raised inside is the plugin's, in a method that is no hook."""
         try:
             yield
         except Exception as error:
-            self._blame(plugin.name, method, error)
+            self._blame(name, method, error)
             raise
+
+    def _attributed(self, model: Any, source: str) -> Any:
+        """The model; what `source` gave to `with_network` is blamed on it wherever it is called.
+
+        That of plugins before it is theirs already, which stands.
+        """
+
+        def guarded(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                with self._blamed(source, f"with_network: {part}"):
+                    return function(*arguments)
+
+            return call
+
+        changes = []
+        for change in model.changes:
+            given = {name: part for name, part in vars(change).items() if part is not None}
+            changes.append(replace(change, **{n: guarded(n, part) for n, part in given.items()}))
+        return replace(model, changes=tuple(changes)) if changes else model
 
     # ---- checks of what came back
 
@@ -389,7 +409,7 @@ class Hooks:
                 )
             self._preconditioning = result.preconditioning
             self._preconditioning_owner = source
-        return result
+        return self._attributed(result, source)
 
     def _check_sample_timesteps(self, result: Any, source: str, model: Any, step: int) -> Any:
         from sdxl_host.diffusion.distributions import Distribution

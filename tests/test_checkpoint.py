@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from sdxl_host.errors import DataError, PluginError
+from sdxl_host.training.arrays import FetchedArrays
 from sdxl_host.training.checkpoint import (
     Checkpoint,
     Contents,
@@ -48,6 +50,13 @@ def save(parent: Path, step: int, **changes: Any) -> Path:
         "counts": {"skipped": 3, "skipped_in_a_row": 1},
     }
     return save_checkpoint(parent, Contents(step=step, **(given | changes)))
+
+
+class Array(np.ndarray):
+    """One that a set can hold, by what it is and not by what is in it."""
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 def assert_equal(first: Any, second: Any) -> None:
@@ -176,6 +185,29 @@ def test_frozen_weights_are_copied_where_links_are_refused(tmp_path, monkeypatch
     second = save(tmp_path, 2)
     assert not os.path.samefile(first / "frozen.safetensors", second / "frozen.safetensors")
     assert_equal(files.read(second / "frozen.safetensors")["text"], np.ones((4, 4), np.float32))
+
+
+def test_arrays_are_in_memory_a_file_at_a_time(tmp_path):
+    """Fetched when their file is written, in its turn, and gone when the next one's are."""
+    alive: weakref.WeakSet[Array] = weakref.WeakSet()
+    most = {}
+
+    def fetched(file: str) -> FetchedArrays:
+        def fetch(name: str) -> np.ndarray:
+            array = np.full(4, float(len(file)), np.float32).view(Array)
+            alive.add(array)
+            most[file] = len(alive)
+            return array
+
+        return FetchedArrays(["a", "b"], fetch)
+
+    files_ = {name: fetched(name) for name in ("network", "frozen", "averages", "optimizer")}
+    saved = open_checkpoint(save(tmp_path, 1, **files_))
+    assert most == dict.fromkeys(files_, 2)
+    assert not alive
+    assert dict(saved.averages().items())["b"].tolist() == [8.0] * 4
+    with pytest.raises(KeyError, match="c"):
+        fetched("network")["c"]
 
 
 # ---- what can go wrong when writing

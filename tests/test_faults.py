@@ -15,13 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from sdxl_host import hookimpl
 from sdxl_host.cli import main
 from sdxl_host.config import load
 from sdxl_host.data.dataset import Sample, Text2ImageDataset
-from sdxl_host.errors import DataError
+from sdxl_host.errors import DataError, PluginError
+from sdxl_host.hooks import Hooks, Plugin
+from sdxl_host.host import Defaults
+from sdxl_host.plugins import Installed
 from sdxl_host.training.checkpoint import (
     Contents,
     find_latest,
@@ -247,22 +252,48 @@ def test_no_flipped_bit_of_a_state_file_goes_unseen(run: Path) -> None:
     assert seen > 7 * len(places)
 
 
-def test_shared_frozen_weights_that_are_damaged_are_not_in_an_earlier_checkpoint_either(
-    done: Path, tmp_path: Path
+def test_shared_frozen_weights_that_are_damaged_are_written_anew_by_the_next_checkpoint(
+    tmp_path: Path,
 ) -> None:
-    """They are one file on the disk, so there is no use in trying the others."""
-    folder = tmp_path / "run"
-    folder.mkdir()
+    """They are one file on the disk, so there is no use in trying the others that share it."""
     arrays = {"a": np.zeros(100, np.float32)}
+
+    def save(step: int) -> Path:
+        contents = Contents(step, "train: {}\n", arrays, arrays, {}, arrays, {}, {}, [], {})
+        return save_checkpoint(tmp_path, contents)
+
+    first, second = save(1), save(2)
+    file = second / "frozen.safetensors"
+    status = file.stat()
+    with open(file, "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\1")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a failing disk does it
+    third, fourth = save(3), save(4)
+    told = r"frozen\.safetensors: was changed or damaged; 2 checkpoints of the run share it, so use"
+    for folder in (first, second):
+        with pytest.raises(DataError, match=told):
+            open_checkpoint(folder)
+    for folder in (third, fourth):
+        assert open_checkpoint(folder)
+        assert not load_file(folder / "frozen.safetensors")["a"].any()
+    assert os.path.samefile(third / "frozen.safetensors", fourth / "frozen.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["", "{}", None])
+def test_frozen_weights_whose_hash_is_lost_are_written_anew(
+    tmp_path: Path, damage: str | None
+) -> None:
+    """What can't be compared is not trusted."""
+    arrays = {"a": np.zeros(3, np.float32)}
     for step in (1, 2):
         contents = Contents(step, "train: {}\n", arrays, arrays, {}, arrays, {}, {}, [], {})
-        saved = save_checkpoint(folder, contents)
-    with open(saved / "frozen.safetensors", "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\1")
-    message = r"frozen\.safetensors: was changed or damaged; the run's other checkpoints share it"
-    with pytest.raises(DataError, match=message):
-        open_checkpoint(saved)
+        saved = save_checkpoint(tmp_path, contents)
+        if damage is None:
+            (saved / "state.json").unlink()
+        elif step == 1:
+            (saved / "state.json").write_text(damage)
+    assert (saved / "frozen.safetensors").stat().st_nlink == 1
 
 
 # ---- numbers that are none
@@ -395,6 +426,87 @@ def test_a_plugin_that_can_t_keep_its_state_is_named(
     line = refused(tmp_path / "run", *words, "--resume=latest")
     assert line == f"load_state_dict: keeping: {who} raised ValueError: no such state; {remedy}"
     loads(tmp_path / "run", 1)
+
+
+CHANGING = """
+from sdxl_host import hookimpl
+
+class Fake:
+    @hookimpl(wrapper=True)
+    def build_model(self):
+        model = yield
+        return model.with_network(lambda network: None, export=self.export)
+
+    def export(self, parameters, folder):
+        (folder / "extra.txt").write_text("half")
+        parameters["model.diffusion_model.out.2.bias"][{at}] = 0
+"""
+
+
+def test_a_plugin_that_can_t_export_is_named(site: Any, refused: Refused, tmp_path: Path) -> None:
+    """Whatever it has written by then; and it can't write into the weights."""
+    site.add("changing", source=CHANGING.format(at="3:"))
+    line = refused(tmp_path / "run", "--plugins=changing", "--total_step=1", "--ms_mode=1")
+    assert line == (
+        "with_network: export: changing: plugin changing (fake-changing 1.0) raised ValueError: "
+        "assignment destination is read-only; mend the plugin, or run without it"
+    )
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_plugin_that_raises_where_it_is_not_asked_by_a_hook_is_named() -> None:
+    """In its notes, and in the parts of `with_network`, whoever calls them and whoever is next."""
+
+    def fail(*given: Any) -> None:
+        raise KeyError("gone")
+
+    class Raising:
+        notes = fail
+
+        @hookimpl(wrapper=True)
+        def build_model(self) -> Any:
+            model = yield
+            return model.with_network(fail, fail, fail)
+
+    class Other:
+        @hookimpl(wrapper=True)
+        def build_model(self) -> Any:
+            model = yield
+            return model.with_network(lambda network: 7)
+
+    installed = [Installed(n, f"fake-{n}", "1.0", SpecifierSet(), n, n) for n in ("one", "two")]
+    pairs = zip(installed, (Raising(), Other()), strict=True)
+    hooks = Hooks(Defaults(), [Plugin(who, None, instance) for who, instance in pairs])
+    first, second = hooks.build_model(load(ARGUMENTS).tree).changes
+    told = r"{}: one: plugin one \(fake-one 1\.0\) raised KeyError: 'gone'; mend the plugin, or run"
+    for part in ("change", "trainable", "export"):
+        with pytest.raises(PluginError, match=told.format(f"with_network: {part}")):
+            getattr(first, part)("asked")
+    assert (second.change("asked"), second.trainable, second.export) == (7, None, None)
+    with pytest.raises(PluginError, match=told.format("notes")):
+        hooks.notes(None)
+
+
+def test_an_exporter_that_raises_leaves_the_earlier_checkpoint_whole(run: Path) -> None:
+    """A full disk is not the plugin's fault, and is told as ever."""
+    arrays = {"a": np.zeros(3, np.float32)}
+    full = OSError(28, "No space left on device")
+
+    def save(cause: Exception) -> None:
+        def export(folder: Path) -> None:
+            (folder / "extra.txt").write_text("half")
+            raise PluginError("export: one: mend the plugin") from cause
+
+        contents = Contents(3, "train: {}\n", arrays, arrays, {}, arrays, {}, {}, [], {}, export)
+        save_checkpoint(run / "checkpoints", contents)
+
+    for cause in (KeyError("gone"), PermissionError(13, "Permission denied")):
+        with pytest.raises(PluginError, match="export: one: mend the plugin"):
+            save(cause)
+        loads(run, 2)
+    with pytest.raises(DataError, match=r"can't be written \(No space left on device\)"):
+        save(full)
+    loads(run, 2)
 
 
 # ---- two runs in one folder

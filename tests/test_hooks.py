@@ -153,7 +153,7 @@ def test_the_host_answers_where_no_plugin_claims(hook):
 def test_a_claim_answers_in_the_hosts_place(hook):
     """The host's default is not even called."""
     other = {
-        "build_model": MODEL.with_network(print),
+        "build_model": MODEL.with_preconditioning(VPreconditioning(SCHEDULE)),
         "sample_timesteps": DiscreteDistribution(SCHEDULE),
         "weight_loss": np.array([1.0, 2.0, 3.0]),
         "encode_prompt": embedding((2, 9, 10)),

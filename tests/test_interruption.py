@@ -105,6 +105,24 @@ def test_a_thread_that_takes_no_signals_changes_nothing(
     assert inside == before
 
 
+@pytest.mark.parametrize("number", _SIGNALS)
+def test_a_signal_that_is_ignored_stays_so(
+    number: signal.Signals, handlers: Callable[[], list[Any]]
+) -> None:
+    """A shell starts `sdxl-host train &` in a script so; Ctrl-C is then for something else."""
+    said: list[str] = []
+    signal.signal(number, signal.SIG_IGN)
+    before = handlers()
+    with Interruption(said.append) as interruption:
+        signal.raise_signal(number)
+        assert (interruption.number, said) == (None, [])
+        (other,) = {*_SIGNALS} - {number}
+        signal.raise_signal(other)
+        assert interruption.number == other
+        assert signal.getsignal(number) is signal.SIG_IGN  # and so it stays
+    assert handlers() == before
+
+
 def test_a_signal_in_the_midst_of_a_line_is_noted_all_the_same(
     handlers: Callable[[], list[Any]],
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,17 @@ from sdxl_host.config import load, restore
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.errors import ConfigError
-from sdxl_host.training.checkpoint import open_checkpoint
+from sdxl_host.training.checkpoint import (
+    Checkpoint,
+    Contents,
+    open_checkpoint,
+    save_checkpoint,
+)
+from sdxl_host.training.observers import Metrics
+from sdxl_host.training.optimizer import averaging_shares
+from sdxl_host.training.report import end_lines, plugin_list
+from sdxl_host.training.resume import find_checkpoint, settings_text
+from sdxl_host.training.schedules import LinearScheduler
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
 NETWORK = "model.params.network_config.params"
@@ -110,6 +122,9 @@ def test_updates_that_were_skipped_are_counted_on(whole: Path, device: str, tmp_
     checkpoint = open_checkpoint(copied(whole, tmp_path / "part", 4))
     trainer = Trainer(load([*ARGUMENTS, *ALL, f"--resume={checkpoint.folder}"]), [].append)
     assert snapshot.take(trainer).counts == {"skipped": 0, "skipped_in_a_row": 0}
+    arrays = snapshot.take(trainer).network.values()
+    assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+    assert not any(array.flags.writeable for array in arrays)  # they may be the weights themselves
     counts = {"skipped": 3, "skipped_in_a_row": 2}
     assert snapshot.give_back(trainer, replace(checkpoint, counts=counts), is_lenient=False) == []
     assert snapshot.take(trainer).counts == counts
@@ -186,7 +201,13 @@ def test_other_plugins_are_refused_by_name_and_allowed_when_asked_for(
     assert f"{there}; {here}; {order}; go on with its own by --config" in str(refused.value)
     assert (run / "checkpoints" / "latest").resolve().name == "step_00000002"
 
+    (old,) = site.folder.glob("fake_second-*.dist-info")
+    metadata = (old / "METADATA").read_text()
+    (old / "METADATA").write_text(metadata.replace("Version: 1.0", "Version: 1.1"))
+    old.rename(old.with_name(old.name.replace("1.0", "1.1")))
     _, said = train(run, *changed, "--allow_changes=True")
+    assert "note        second 1.0 there and 1.1 here" in said
+    assert not any("mindspore" in line for line in said if line.startswith("note "))
     assert [line[12:] for line in said if line.startswith("changed ")] == [
         there,
         here,
@@ -200,6 +221,166 @@ def test_other_plugins_are_refused_by_name_and_allowed_when_asked_for(
         "third",
         "second",
     ]
+
+
+# ---- settings
+
+
+Saved = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """A checkpoint of step 1 of a run with these arguments, without the run.
+
+    edit: makes the settings file what another version would have written.
+    """
+
+    def save(*words: str, edit: Callable[[str], str] = str) -> Checkpoint:
+        config = load([*ARGUMENTS, *words])
+        arrays = {"a": np.zeros(1, np.float32)}
+        contents = Contents(
+            1, edit(settings_text(config, "")), arrays, arrays, {}, arrays, {}, {},
+            plugin_list(config), {"samples": {}},
+        )  # fmt: skip
+        return open_checkpoint(save_checkpoint(tmp_path / "saved" / "checkpoints", contents))
+
+    return save
+
+
+def differences(checkpoint: Checkpoint, *words: str) -> list[str]:
+    """Of a run with these arguments from the one of the checkpoint."""
+    named = [*ARGUMENTS, *words, f"--resume={checkpoint.folder}", "--allow_changes=True"]
+    return find_checkpoint(load(named), {})[1]
+
+
+SCHEDULER = "optim.scheduler_config.target=sdxl_host."
+WARM_UP = "optim.scheduler_config.params.warm_up_steps=2"
+PARAMS = "optim.scheduler_config.params"
+STEADY = {
+    "none": ["optim.scheduler_config=null"],
+    "warm-up": [WARM_UP],
+    "multi-step": [f"{SCHEDULER}MultiStepScheduler", f"{PARAMS}.milestones=[3,6]"],
+    "linear to a step": [f"{SCHEDULER}LinearScheduler", f"{PARAMS}.end_step=5"],
+}
+
+
+@pytest.mark.parametrize("words", STEADY.values(), ids=STEADY)
+@pytest.mark.parametrize("total", [7, 30])
+def test_a_run_may_have_another_length_where_its_rates_stay(
+    saved: Saved, words: list[str], total: int
+) -> None:
+    checkpoint = saved(*words, "--total_step=10", "--plugins=none")
+    assert differences(checkpoint, *words, f"--total_step={total}", "--plugins=none") == []
+
+
+def test_a_run_may_not_have_another_length_where_that_changes_rates(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the steps that both make; they are looked at, whatever made them."""
+    words = [f"{SCHEDULER}LinearScheduler", "optim.base_learning_rate=0.0009", WARM_UP]
+    words.append("--plugins=none")
+    checkpoint = saved(*words, "--total_step=10")
+    longer = [*words, "--total_step=18"]
+    told = (
+        "data.total_step is 10 there and 18 here, so that the learning rate of update 10 is 0 "
+        "there and 0.00045 here"
+    )
+    assert differences(checkpoint, *longer) == [told]
+    with pytest.raises(ConfigError, match=f"this run's: {told}; go on .* --allow_changes True"):
+        find_checkpoint(load([*ARGUMENTS, *longer, f"--resume={checkpoint.folder}"]), {})
+    (shorter,) = differences(checkpoint, *words, "--total_step=4")
+    assert "so that the learning rate of update 4 is 0.000675 there and 0 here" in shorter
+    assert differences(checkpoint, *words, "--total_step=10") == []
+
+    def falls_at_the_end(self: LinearScheduler, updates: int) -> np.ndarray:
+        return np.where(np.arange(updates) < updates - 1, 1.0, 0.5)
+
+    monkeypatch.setattr(LinearScheduler, "factors", falls_at_the_end)
+    (other,) = differences(checkpoint, *longer)
+    assert "so that the learning rate of update 10 is 0.00045 there and 0.0009 here" in other
+
+
+def test_averages_of_a_run_do_not_follow_its_length() -> None:
+    """So a longer run is the same run as far as both go."""
+    shares = averaging_shares(0.9999, 50)
+    assert shares[:20].tolist() == averaging_shares(0.9999, 20).tolist()
+
+
+def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(
+    saved: Saved, site: Any
+) -> None:
+    """Where this run has others, they differ; so do settings that are gone."""
+    site.add("sized", "size: int = 3\ncolour: str = 'red'")
+    later = ("  log_interval: ", "  shuffle: ", "  scheduler_config: ", "    size: ")
+
+    def earlier(settings: str) -> str:
+        lines = settings.splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(later)]
+        assert len(lines) - len(kept) == len(later)
+        return "".join(kept).replace("train:\n", "train:\n  gone: 3\n")
+
+    words = ["--plugins=sized", "optim.scheduler_config=null"]
+    checkpoint = saved(*words, edit=earlier)
+    gone = "train.gone is 3 there and None here"
+    assert differences(checkpoint, *words) == [gone]
+    others = ["--log_interval=2", "plugins.sized.size=4"]
+    assert differences(checkpoint, *words, *others) == [
+        gone,
+        "train.log_interval is 1 there and 2 here",
+        "plugins.sized.size is 3 there and 4 here",
+    ]
+
+
+def test_more_differences_than_a_line_holds_are_counted(saved: Saved) -> None:
+    checkpoint = saved("--plugins=none")
+    words = ["--seed=1", "--log_interval=2", "--use_ema=True", "--scale_lr=True", "--ms_mode=0"]
+    resumed = [*ARGUMENTS, f"--resume={checkpoint.folder}", *words, "--plugins=none"]
+    with pytest.raises(ConfigError, match=r"ms_mode is 1 there and 0 here; go on"):
+        find_checkpoint(load(resumed), {})
+    with pytest.raises(ConfigError, match=r"scale_lr is .*; and 1 more; go on"):
+        find_checkpoint(load([*resumed, "data.shuffle=False"]), {})
+
+
+# ---- what is said and logged
+
+
+@pytest.mark.parametrize(("interval", "kept"), [(1, 5), (2, 4), (3, 3), (5, 5), (7, 0)])
+def test_the_last_line_of_a_shorter_run_is_not_in_a_longer_one(
+    tmp_path: Path, interval: int, kept: int
+) -> None:
+    """Which writes it only where it is due."""
+    file = tmp_path / "metrics.jsonl"
+    steps = [step for step in range(1, 7) if step % interval == 0 or step == 5]
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    Metrics(file, interval, 5).close()
+    left = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert left == [step for step in range(1, 6) if step % interval == 0]
+    assert max([0, *left]) == kept
+
+
+def test_a_run_is_told_to_go_on_only_where_steps_are_left(tmp_path: Path) -> None:
+    guard = SimpleNamespace(lines=lambda: ["skipped     3 updates"])
+    settings = SimpleNamespace(train=SimpleNamespace(save_optimizer=True))
+    ended = SimpleNamespace(
+        guard=guard, config=settings, save_path=tmp_path, total_steps=5, step=5, is_interrupted=True
+    )
+    lines = [
+        "skipped     3 updates",
+        "trained to step 5 in 8 s",
+        f"metrics     {tmp_path / 'metrics.jsonl'}",
+        f"settings    {tmp_path / 'config.yaml'}",
+        "checkpoint  c",
+        "pictures    p",
+    ]
+    assert end_lines(ended, 7.6, Path("c"), Path("p")) == lines
+    ended.step = 4
+    goes_on = "to go on    sdxl-host train ... --resume c"
+    assert end_lines(ended, 7.6, Path("c"), None)[-2:] == ["checkpoint  c", goes_on]
+    settings.train.save_optimizer = False
+    assert end_lines(ended, 7.6, Path("c"), None)[-1] == goes_on.replace("resume", "weight")
+    ended.is_interrupted = False
+    assert end_lines(ended, 7.6, Path("c"), None)[-1] == "checkpoint  c"
 
 
 # ---- runs that began with weights

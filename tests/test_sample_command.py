@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from PIL import Image
 
 from sdxl_host import plugins
 from sdxl_host.cli import main
-from sdxl_host.config import load
+from sdxl_host.config import load, restore
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning
+from sdxl_host.sampling import restore as restore_module
 from sdxl_host.sampling.restore import restore_sampler
+from sdxl_host.training import precision
 from sdxl_host.training.trainer import Trainer
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
@@ -86,6 +89,38 @@ def test_the_preconditioning_is_what_decides(edm: Path, monkeypatch, device: str
     model = sampler.model.with_preconditioning(EpsPreconditioning(sampler.model.schedule))
     sampler.model = model
     assert not np.allclose(right, sampler.draw(["an owl"], 2, 1.0, 0))
+
+
+def test_a_checkpoint_in_bfloat16_is_drawn_in_float32_where_the_device_lacks_it(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """As it was trained on an Ascend device; this one is a CPU."""
+    words = ["--prompt", "an owl", "--steps", "1", "--out"]
+    assert sample(plain, *words, str(tmp_path / "a.png")) == 0
+    assert "note " not in capsys.readouterr().out
+    config = restore(plain / "config.yaml")
+    levels = {"ms_amp_level": "O3", "ms_amp_dtype": "bfloat16", "param_fp16": True}
+    trained_so = replace(config, train=replace(config.train, **levels))
+    monkeypatch.setattr(restore_module, "restore", lambda file: trained_so)
+    assert sample(plain, *words, str(tmp_path / "b.png")) == 0
+    said = capsys.readouterr().out
+    assert "note        trained at O3 in bfloat16, which this device does not compute in; " in said
+    assert np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+
+    # Where the device has it, it is drawn in it.
+    asked: list[str] = []
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "apply_precision", lambda cell, *how: asked.extend(how))
+    lines = restore_sampler(plain)[1]
+    assert (asked, [line for line in lines if "bfloat16" in line]) == (["O3", "bfloat16"], [])
+
+
+def test_bfloat16_is_refused_before_a_weight_is_opened(tmp_path: Path, capsys) -> None:
+    """Told so by whom draws from a file of weights, who can leave it out."""
+    words = ["--weight", "nowhere", "--config", TINY, "--prompt", "x", "--ms_amp_level", "O2"]
+    words += ["--ms_amp_dtype", "bfloat16", "--out", str(tmp_path / "g.png")]
+    assert main(["sample", *words]) == 2
+    assert "error: --ms_amp_dtype bfloat16: this device does not" in capsys.readouterr().err
 
 
 def test_a_picture_depends_on_seed_prompt_and_place_alone(plain: Path, device: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mindspore as ms
 import numpy as np
@@ -17,9 +18,10 @@ from safetensors.numpy import load_file
 
 from sdxl_host import hookimpl
 from sdxl_host.config import RunConfig, SelectedPlugin, load
-from sdxl_host.errors import ConfigError
+from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.plugins import Installed
+from sdxl_host.prompts import PromptEmbedding
 from sdxl_host.training import sink
 from sdxl_host.training.trainer import Trainer
 
@@ -253,6 +255,57 @@ def test_a_plugin_with_feedback_is_refused_by_name() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         check(plugins=[plugin("both", Both)])
+
+
+class Lengths:
+    """Encodes a prompt, a number, as so much in each place; a call's longest gives the context."""
+
+    def __init__(self, masked: int, length: int = 3) -> None:
+        self.calls: list[list[str]] = []
+        self.masked = masked  # the call that has a mask, from 1; 0 for none
+        self.length = length
+
+    @hookimpl
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbedding:
+        self.calls.append(list(prompts))
+        values = np.array([int(prompt) for prompt in prompts], np.float32)
+        length = self.length if len(self.calls) == 2 else 3
+        mask = np.tile(np.arange(length) < 2, (len(prompts), 1))
+        context = np.tile(values[:, None, None], (1, length, 4))
+        is_masked = len(self.calls) == self.masked
+        return PromptEmbedding(
+            context, np.tile(-values[:, None], (1, 2)), mask if is_masked else None
+        )
+
+
+def fixed(hook: Lengths, count: int) -> sink.FixedCaptions:
+    """The embeddings of the captions "0", "1", ... of twice as many pictures."""
+    encoders = [SimpleNamespace(width=4, pooled_width=2)]
+    pictures = [SimpleNamespace(caption=str(index % count)) for index in range(2 * count)]
+    model: Any = SimpleNamespace(encoders=encoders)
+    return sink.FixedCaptions(Hooks(hook), model, cast(Any, SimpleNamespace(pictures=pictures)))
+
+
+@pytest.mark.parametrize("masked", [0, 3])
+def test_captions_are_encoded_once_and_a_few_at_a_time(masked: int) -> None:
+    """All at once would be a batch of thousands. A mask of some is one of all."""
+    hook = Lengths(masked)
+    captions = fixed(hook, 40)
+    assert [len(call) for call in hook.calls] == [16, 16, 8]
+    assert list(itertools.chain(*hook.calls)) == [str(index) for index in range(40)]
+    found = captions(["37", "0", "20", "0"])
+    assert found.context[:, 0, 0].tolist() == [37, 0, 20, 0]
+    assert found.context.shape == (4, 3, 4)
+    assert found.pooled[:, 1].tolist() == [-37, 0, -20, 0]
+    if masked:
+        assert found.attended().sum(axis=1).tolist() == [2, 3, 3, 3]
+    assert (found.mask is None) == (not masked)
+
+
+def test_contexts_of_several_lengths_are_refused() -> None:
+    fixed(Lengths(0, length=6), 16)
+    with pytest.raises(PluginError, match=r"^encode_prompt: host: .* 3, 6 tokens, .*; give all"):
+        fixed(Lengths(0, length=6), 17)
 
 
 def test_more_captions_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,17 +19,20 @@ from safetensors.numpy import load_file
 import sdxl_host
 from sdxl_host.config import load
 from sdxl_host.errors import ConfigError
+from sdxl_host.training.checkpoint import find_latest, open_checkpoint
 from sdxl_host.training.trainer import Trainer
 from sdxl_host.training.workers import Workers, join
 
 UPDATES = 20
+RATE = 2.5e-5
 PLUGIN = """
+import os, signal, time
 import numpy as np
 from sdxl_host import hookimpl
 
 
 class Fake:
-    "Weighs each sample by the mean loss so far, of all samples."
+    "Weighs each sample by the mean loss so far, of all samples. Slow to save on rank 0."
 
     def __init__(self):
         self.mean, self.seen = np.ones(3), 0
@@ -44,18 +47,24 @@ class Fake:
         self.seen += len(result.losses)
         self.mean[result.step % 3] = result.losses.mean(dtype=np.float64)
         trainer.log("mean_loss", self.mean.mean())
+        if os.environ.get("RANK_ID") == "1" and result.step == SIGNALLED:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def state_dict(self):
+        time.sleep(3 if os.environ.get("RANK_ID") == "0" else 0)
         return {"mean": self.mean, "seen": self.seen}
 
     def load_state_dict(self, state):
         self.mean, self.seen = state["mean"], state["seen"]
-"""
+""".replace("SIGNALLED", str(UPDATES))
+NETWORK = "model.params.network_config.params"
 WORDS = [
     *("--config", "tiny.yaml", "--save_path_with_time", "False", "--guidance_scale", "1"),
-    *("--plugins", "edm,snr,measured", f"data.total_step={UPDATES}", "--use_ema", "True"),
+    *(f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.attention_resolutions=[]"),
+    f"{NETWORK}.transformer_depth=[1]",
+    *("--plugins", "edm,snr,measured", "--use_ema", "True", "--scale_lr", "True"),
     # Where a gradient is 0 but for rounding, Adam moves by the rate all the same: keep that small.
-    "optim.base_learning_rate=1e-4",
+    f"optim.base_learning_rate={RATE}",
 ]
 
 
@@ -102,22 +111,28 @@ def measured(device: str, site, monkeypatch: pytest.MonkeyPatch):
 
 def test_law_one_batch_of_4_is_two_batches_of_2_and_two_workers(measured, tmp_path: Path) -> None:
     """Losses, weights, averages and a plugin's state after 20 updates, within float32 rounding; the
-    plugin's state is the same on both workers, or they would draw apart."""
+    plugin's state is the same on both workers, or they would draw apart.
+
+    The rate is multiplied by the 4 samples. Of the workers rank 1 gets SIGTERM in its 20th step of
+    21, and both end after it, rank 0 seconds later than the other."""
     runs = {}
     for name, words in (
         ("one", ["--per_batch_size", "4"]),
         ("accumulated", ["--gradient_accumulation_steps", "2"]),
     ):
         runs[name] = tmp_path / name
-        settings = load([*WORDS, *words, "--save_path", str(runs[name])])
-        Trainer(settings, say=lambda line: None).run()
+        words += ["--total_step", str(UPDATES), "--save_path", str(runs[name])]
+        Trainer(load([*WORDS, *words]), say=lambda line: None).run()
     runs["workers"] = tmp_path / "workers"
     words = [*WORDS, "--is_parallel", "True", "--save_path", str(runs["workers"])]
     plugins = os.pathsep.join([measured.python_path, *sys.path])
-    done = start_workers(tmp_path / "logs", plugins, *words)
+    done = start_workers(tmp_path / "logs", plugins, *words, "--total_step", str(UPDATES + 1))
     logs = "\n".join(file.read_text() for file in (tmp_path / "logs").glob("worker_*.log"))
     assert done.returncode == 0, logs[-3000:]
     assert "update      of 4 samples: 2 a batch x 2 workers" in logs
+    assert f"stopped after step {UPDATES}: interrupted by a signal to another worker" in logs
+    assert open_checkpoint(find_latest(runs["workers"])).step == UPDATES
+    assert metrics(runs["workers"])["learning_rate"][-1] == np.float32(4 * RATE)
 
     expected = metrics(runs["one"])
     final = runs["one"] / "checkpoints" / "latest"
@@ -190,17 +205,50 @@ def test_workers_with_other_settings_are_named() -> None:
         Pair("", "abd").agree("abc", "plugins")
 
 
-def test_is_parallel_needs_msrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MS_WORKER_NUM", "RANK_TABLE_FILE"):
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        # A rank table without msrun, and parts of what msrun sets.
+        {"RANK_TABLE_FILE": "ranks.json", "RANK_ID": "0", "RANK_SIZE": "8"},
+        {"MS_WORKER_NUM": "2"},
+        {"MS_WORKER_NUM": "2", "MS_ROLE": "MS_PSERVER"},
+        {"MS_WORKER_NUM": "two", "MS_ROLE": "MS_WORKER"},
+    ],
+)
+def test_is_parallel_needs_msrun(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MS_WORKER_NUM", "MS_ROLE", "RANK_TABLE_FILE"):
         monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert join(False).count == 1
-    with pytest.raises(ConfigError, match=r"no workers were started; call it by msrun"):
+    with pytest.raises(
+        ConfigError, match=r"^--is_parallel True: .*; call it by msrun --worker_num"
+    ):
         join(True)
+
+
+@pytest.mark.parametrize("role", ["MS_WORKER", "MS_SCHED"])
+def test_msrun_starts_workers_and_their_scheduler(
+    device: str, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All by the same command; without the scheduler the others would wait for it."""
+    from mindspore import communication
+
+    for name, answer in (("init", None), ("get_rank", 1), ("get_group_size", 2)):
+        monkeypatch.setattr(communication, name, lambda answer=answer: answer)
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    monkeypatch.setenv("MS_ROLE", role)
+    joined = join(True)
+    assert (joined.rank, joined.count) == (1, 2)
 
 
 def test_workers_without_is_parallel_would_each_train_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("MS_WORKER_NUM", "2")
     with pytest.raises(ConfigError, match=r"2 workers were started, .* use --is_parallel True"):
         join(False)

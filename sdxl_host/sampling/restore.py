@@ -13,7 +13,7 @@ from sdxl_host.errors import ConfigError
 from sdxl_host.model import DiffusionModel
 from sdxl_host.sampling.sampler import KEYS, Conditions, PictureSampler
 from sdxl_host.training.checkpoint import open_checkpoint
-from sdxl_host.training.precision import check_precision, set_precision
+from sdxl_host.training.precision import check_precision, drawing_settings, set_precision
 
 __all__ = ["restore_sampler", "weight_sampler"]
 
@@ -45,9 +45,9 @@ def restore_sampler(
             "leave the flag out"
         )
     averaged = has_averages if use_ema is None else use_ema
-    make_parts(model, config.train.seed, checkpoint=checkpoint, averaged=averaged)
-    check_precision(config.train)
-    set_precision(model, config.train)
+    settings, notes = drawing_settings(config.train)
+    make_parts(model, settings.seed, checkpoint=checkpoint, averaged=averaged)
+    set_precision(model, settings)
     hooks.load_state_dict(checkpoint.plugin_states())
     names = ", ".join(f"{p['name']} {p['version']}" for p in checkpoint.plugins) or "none"
     lines = [
@@ -55,12 +55,13 @@ def restore_sampler(
         f"plugins     {names}",
         _objective(model),
     ]
-    changed = [
-        f"note        {now.installed} is installed; trained with version {then['version']}"
+    notes += [
+        f"{now.installed} is installed; trained with version {then['version']}"
         for now, then in zip(config.plugins, checkpoint.plugins, strict=True)
         if now.installed.version != then["version"]
     ]
-    return PictureSampler(hooks, model, conditions, config.train.ms_mode == 1), lines + changed
+    lines += [f"note        {note}" for note in notes]
+    return PictureSampler(hooks, model, conditions, settings.ms_mode == 1), lines
 
 
 def weight_sampler(
@@ -72,6 +73,7 @@ def weight_sampler(
     told is the original size too, unless that is told as well. Raises HostError where the weights
     do not fit the model.
     """
+    check_precision(config.train)
     source = open_weight(config.train.weight)
     hooks = make_hooks(config)
     model = hooks.build_model(config.tree)
@@ -79,7 +81,6 @@ def weight_sampler(
         usual = replace(usual, original_size=told["size"])
     conditions = _conditions(model, usual, told)
     make_parts(model, config.train.seed, source)
-    check_precision(config.train)
     set_precision(model, config.train)
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
     lines = [

@@ -322,8 +322,7 @@ def check_weight_loss(subject: Subject) -> None:
                 "compute into a new array (np.minimum(...), not out= or *=)",
             )
     order = np.random.default_rng(1).permutation(len(sigma))
-    turned = Noise.at(sigma[order], model.schedule, distribution)
-    other = _weights(subject, *_fresh(subject), turned)
+    other = _weights_anew(subject, sigma[order], step=1)
     if not np.allclose(other, weights[order], rtol=1e-6, atol=0):
         raise subject.fault(
             "weight_loss gives a sample another weight at another place in the batch",
@@ -331,8 +330,7 @@ def check_weight_loss(subject: Subject) -> None:
             "batch as a whole and on step, and on nothing that is drawn anew",
         )
     for count in (1, 2):
-        few = Noise.at(sigma[:count], model.schedule, distribution)
-        _weights(subject, *_fresh(subject), few, step=1000)
+        _weights_anew(subject, sigma[:count], step=1000)
 
 
 def levels_of(subject: Subject, model: DiffusionModel) -> np.ndarray:
@@ -340,9 +338,12 @@ def levels_of(subject: Subject, model: DiffusionModel) -> np.ndarray:
     return noise_levels().sigma if "weight_loss" in subject.roles else _levels(model)
 
 
-def _fresh(subject: Subject) -> tuple[Hooks, DiffusionModel]:
+def _weights_anew(subject: Subject, sigma: np.ndarray, step: int) -> np.ndarray:
+    """The weights that a new object of the plugin gives at sigma, its hooks called as in a run."""
     hooks = subject.hooks()
-    return hooks, subject.model(hooks)
+    model = subject.model(hooks)
+    noise = Noise.at(sigma, model.schedule, hooks.sample_timesteps(model, step))
+    return _weights(subject, hooks, model, noise, step)
 
 
 def _weights(

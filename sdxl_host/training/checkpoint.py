@@ -6,6 +6,7 @@ crash at any moment leaves the earlier ones whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,15 +23,18 @@ import numpy as np
 from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
 from sdxl_host.disk import sync, sync_tree, write_new
 from sdxl_host.errors import DataError, PluginError
+from sdxl_host.training.arrays import FetchedArrays
 from sdxl_host.training.state import pack, unpack
 from sdxl_host.version import __version__
 from sdxl_host.weights import files
+from sdxl_host.weights.tensors import open_safetensors
 
 __all__ = [
     "Checkpoint",
     "Contents",
     "find_latest",
     "open_checkpoint",
+    "package_versions",
     "remove_older",
     "save_checkpoint",
 ]
@@ -44,6 +48,7 @@ _LATEST = "latest"
 _PARTIAL = ".partial-"
 _OLD = ".old-"
 _GONE = ".gone-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,13 @@ class Checkpoint:
         """Whether it keeps moving averages."""
         return (self.folder / AVERAGES_FILE).is_file()
 
-    def averages(self) -> dict[str, np.ndarray]:
+    def averages(self) -> Mapping[str, np.ndarray]:
         """The moving averages of the trained parameters by name; empty where none were kept."""
-        return files.read(self.folder / AVERAGES_FILE) if self.has_averages else {}
+        return _stored(self.folder / AVERAGES_FILE) if self.has_averages else {}
 
-    def optimizer_state(self) -> dict[str, np.ndarray]:
+    def optimizer_state(self) -> Mapping[str, np.ndarray]:
         """The optimizer's state by name."""
-        return files.read(self.folder / OPTIMIZER_FILE)
+        return _stored(self.folder / OPTIMIZER_FILE)
 
     def plugin_states(self) -> dict[str, Any]:
         """Each plugin's `state_dict` by the plugin's name."""
@@ -97,7 +102,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a checkpoint, its arrays by name.
+    """What goes into a checkpoint, its arrays by name; one mapping of them is read after the other.
 
     config: YAML text. network, frozen: all weights. averages: of the trained ones; empty for none.
     optimizer: its state, or None for a checkpoint that can't be resumed. The rest as `Checkpoint`
@@ -131,7 +136,7 @@ def save_checkpoint(parent: Path, contents: Contents) -> Path:
         _clear_leftovers(parent)
         partial.mkdir()
         files.write(partial / NETWORK_FILE, contents.network, metadata)
-        _write_frozen(parent, partial / FROZEN_FILE, contents.frozen)
+        known = {FROZEN_FILE: _write_frozen(parent, partial / FROZEN_FILE, contents.frozen)}
         if contents.averages:
             files.write(partial / AVERAGES_FILE, contents.averages, metadata)
         if contents.optimizer is not None:
@@ -142,7 +147,7 @@ def save_checkpoint(parent: Path, contents: Contents) -> Path:
             _write_plugin_state(partial / "plugins", name, state)
         if contents.export is not None:
             _export(contents.export, partial)
-        write_new(partial / STATE_FILE, _described(partial, contents).encode("utf-8"))
+        write_new(partial / STATE_FILE, _described(partial, contents, known).encode("utf-8"))
         sync_tree(partial)
         _put_in_place(partial, folder)
         _point_latest(parent, folder)
@@ -181,27 +186,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: is no checkpoint (it has no {STATE_FILE}); give a folder that a run wrote "
             "below checkpoints/"
         )
-    try:
-        state = json.loads(state_file.read_text("utf-8"))
-        if state["format"] != FORMAT:
-            writer = state.get("versions", {}).get("sdxl-host", "unknown")
-            raise DataError(
-                f"{folder}: has the checkpoint format {state['format']}, and this version reads "
-                f"{FORMAT}; use the version that wrote it (sdxl-host {writer})"
-            )
-        if state.pop("sha256") != _hash_of(state):
-            raise DataError(f"{state_file}: was changed or damaged; use an earlier checkpoint")
-        hashes: dict[str, str] = state["files"]
-        found = Checkpoint(
-            folder,
-            state["step"],
-            state["versions"],
-            state["plugins"],
-            state["record"],
-            state["counts"],
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{state_file}: is damaged; use an earlier checkpoint") from error
+    state = _read_state(state_file)
+    hashes: dict[str, str] = state["files"]
+    found = Checkpoint(
+        folder,
+        state["step"],
+        state["versions"],
+        state["plugins"],
+        state["record"],
+        state["counts"],
+    )
     for name, expected in hashes.items():
         file = folder / name
         if not file.is_file():
@@ -209,9 +203,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if _hash(file) != expected:
             remedy = "use an earlier checkpoint"
             if name == FROZEN_FILE and file.stat().st_nlink > 1:
-                remedy = "the run's other checkpoints share it, so bring it back from a copy"
+                remedy = (
+                    f"{file.stat().st_nlink} checkpoints of the run share it, so use one that does "
+                    "not, or bring it back from a copy"
+                )
             raise DataError(f"{file}: was changed or damaged; {remedy}")
     return found
+
+
+def _read_state(state_file: Path) -> dict[str, Any]:
+    """What a state file says, as it was written. Raises DataError."""
+    try:
+        state: dict[str, Any] = json.loads(state_file.read_text("utf-8"))
+        if state["format"] != FORMAT:
+            writer = state.get("versions", {}).get("sdxl-host", "unknown")
+            raise DataError(
+                f"{state_file.parent}: has the checkpoint format {state['format']}, and this "
+                f"version reads {FORMAT}; use the version that wrote it (sdxl-host {writer})"
+            )
+        if state.pop("sha256") != _hash_of(state):
+            raise DataError(f"{state_file}: was changed or damaged; use an earlier checkpoint")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{state_file}: is damaged; use an earlier checkpoint") from error
+    return state
+
+
+def _stored(file: Path) -> FetchedArrays:
+    """The arrays of a file, which stay there until they are asked for."""
+    tensors = open_safetensors(file)
+    return FetchedArrays(tensors.shapes, tensors.read)
 
 
 def find_latest(save_path: Path) -> Path:
@@ -250,21 +270,31 @@ def _by_age(parent: Path) -> list[Path]:
 def _export(export: Callable[[Path], None], folder: Path) -> None:
     """Lets plugins add files of their own, and syncs those."""
     before = set(folder.rglob("*"))
-    export(folder)
+    try:
+        export(folder)
+    except PluginError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            raise cause from None  # which is no fault of the plugin's
+        raise
     for file in set(folder.rglob("*")) - before:
         sync(file)
 
 
-def _write_frozen(parent: Path, file: Path, frozen: Mapping[str, np.ndarray]) -> None:
-    """Frozen weights never change, so every checkpoint of a run shares one file on the disk."""
-    earlier = parent / _LATEST / FROZEN_FILE
-    if earlier.is_file():
-        try:
-            os.link(earlier.resolve(), file)
-            return
-        except OSError:
-            pass  # a disk without hard links gets a copy
+def _write_frozen(parent: Path, file: Path, frozen: Mapping[str, np.ndarray]) -> str:
+    """Frozen weights never change, so the checkpoints of a run share one file on the disk, as long
+    as that is what was written; returns its hash."""
+    earlier = (parent / _LATEST).resolve()
+    try:
+        expected: str = _read_state(earlier / STATE_FILE)["files"][FROZEN_FILE]
+        os.link(earlier / FROZEN_FILE, file)
+        if _hash(file) == expected:
+            return expected
+    except (OSError, DataError):
+        pass  # no earlier one, none that is whole, or a disk without hard links
+    file.unlink(missing_ok=True)
     files.write(file, frozen, {"format": "sdxl-host"})
+    return _hash(file)
 
 
 def _write_plugin_state(folder: Path, name: str, state: Any) -> None:
@@ -278,19 +308,24 @@ def _write_plugin_state(folder: Path, name: str, state: Any) -> None:
         files.write(folder / f"{name}.safetensors", arrays, {})
 
 
-def _described(folder: Path, contents: Contents) -> str:
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+def package_versions() -> dict[str, str]:
+    """Of the packages that a run's numbers come from, by name."""
     packages = ("mindspore", "numpy", "safetensors")
     versions = {"sdxl-host": __version__, "python": platform.python_version()}
-    versions |= {name: importlib_metadata.version(name) for name in packages}
+    return versions | {name: importlib_metadata.version(name) for name in packages}
+
+
+def _described(folder: Path, contents: Contents, known: Mapping[str, str]) -> str:
+    """The text of the state file; known: hashes of files that have been read already."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     state = {
         "format": FORMAT,
         "step": contents.step,
-        "versions": versions,
+        "versions": package_versions(),
         "plugins": contents.plugins,
         "record": dict(contents.record),
         "counts": dict(contents.counts),
-        "files": {name: _hash(folder / name) for name in names},
+        "files": {name: known.get(name) or _hash(folder / name) for name in names},
     }
     return json.dumps({**state, "sha256": _hash_of(state)}, indent=1) + "\n"
 

@@ -17,8 +17,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """Inside, the first signal is noted and said; then the signals have their own effect again.
 
-    number: the signal that came, or None. Elsewhere than in the main thread, where Python takes no
-    signals, nothing is changed.
+    number: the signal that came, or None. A signal that is ignored stays so: a shell starts jobs in
+    the background without Ctrl-C, which is meant for others. Elsewhere than in the main thread,
+    where Python takes no signals, nothing is changed.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -28,7 +29,10 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._take) for number in _SIGNALS}
+            earlier = {number: signal.getsignal(number) for number in _SIGNALS}
+            self._earlier = {n: own for n, own in earlier.items() if own is not signal.SIG_IGN}
+            for number in self._earlier:
+                signal.signal(number, self._take)
         return self
 
     def __exit__(
@@ -47,7 +51,7 @@ class Interruption:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        for each in _SIGNALS:
+        for each in self._earlier:
             signal.signal(each, signal.SIG_DFL)
         told = f"{self.name}: the step in hand is finished and saved; once more ends at once"
         # The signal may come in the midst of another line, which can't be broken for this one.

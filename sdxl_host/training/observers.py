@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from sdxl_host.disk import sync
 from sdxl_host.errors import DataError, HostError
 from sdxl_host.settings import TrainSettings
 from sdxl_host.training.checkpoint import remove_older
@@ -95,7 +96,9 @@ class FiniteGuard:
 class Metrics:
     """Writes metrics.jsonl: one line every `interval` steps, with what plugins logged.
 
-    The lines hold nothing of the clock, so two equal runs write equal files.
+    The lines hold nothing of the clock, so two equal runs write equal files. A resumed run keeps
+    those up to its step that it would have written itself: not the last one of a shorter run. A
+    checkpoint's lines are on the disk before it is.
     """
 
     def __init__(self, path: Path, interval: int, resumed_step: int) -> None:
@@ -103,34 +106,26 @@ class Metrics:
         kept = []
         try:
             if resumed_step and path.is_file():
+                last = resumed_step - 1 if resumed_step % interval else resumed_step
                 lines = path.read_text("utf-8").splitlines()
-                kept = [line for line in lines if _step_of(line) in range(1, resumed_step + 1)]
+                kept = [line for line in lines if _step_of(line) in range(1, last + 1)]
             aside = path.with_name(f".{path.name}.partial")
             aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            sync(aside)
             os.replace(aside, path)
+            sync(path.parent)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise _unwritable(path, error) from error
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Adds this step's line."""
-        if result.step % self._interval and result.step != trainer.total_steps:
-            return
-        line = {
-            "step": result.step,
-            "loss": result.loss,
-            "unweighted_loss": float(np.mean(result.losses)),
-            "learning_rate": result.learning_rate,
-            "gradient_norm": result.gradient_norm,
-            "mean_sigma": float(np.mean(result.noise.sigma)),
-            "mean_weight": float(np.mean(result.weights)),
-            **trainer.logged,
-        }
+        """Adds this step's line, where it is to have one."""
         try:
-            # Of a skipped step some numbers are not finite, which JSON has no word for.
-            told = {k: v if np.isfinite(v) else None for k, v in line.items()}
-            self._file.write(json.dumps(told) + "\n")
-            self._file.flush()
+            if result.step % self._interval == 0 or result.step == trainer.total_steps:
+                self._file.write(_line(trainer, result))
+                self._file.flush()
+            if _is_saved(trainer, result):
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise _unwritable(self._file.name, error) from error
 
@@ -139,6 +134,27 @@ class Metrics:
         # What is left in the buffer is a line that could not be written, as has been said then.
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _line(trainer: Trainer, result: StepResult) -> str:
+    numbers = {
+        "step": result.step,
+        "loss": result.loss,
+        "unweighted_loss": float(np.mean(result.losses)),
+        "learning_rate": result.learning_rate,
+        "gradient_norm": result.gradient_norm,
+        "mean_sigma": float(np.mean(result.noise.sigma)),
+        "mean_weight": float(np.mean(result.weights)),
+        **trainer.logged,
+    }
+    # Of a skipped step some numbers are not finite, which JSON has no word for.
+    told = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+    return json.dumps(told) + "\n"
+
+
+def _is_saved(trainer: Trainer, result: StepResult) -> bool:
+    """Whether a checkpoint of this step is written."""
+    return result.step % trainer.config.train.save_ckpt_interval == 0 or trainer.is_last
 
 
 def _unwritable(file: Path | str, error: OSError) -> DataError:
@@ -186,7 +202,9 @@ class Progress:
         if made % self._every and result.step != trainer.total_steps:
             return
         left = (trainer.total_steps - result.step) * self._batch / speed if made else None
-        tail = f"{speed:.1f} images/s, {_clock(left)} left" if left is not None else "compiled"
+        tail = "compiled" if trainer.config.train.ms_mode == 0 else "eager"
+        if left is not None:
+            tail = f"{speed:.1f} images/s, {_clock(left)} left"
         self._say(
             f"step {result.step}/{trainer.total_steps}  loss {np.mean(self._losses):.4f}  "
             f"lr {result.learning_rate:.2e}  {tail}"
@@ -251,16 +269,15 @@ class Grids:
 
 
 class Checkpoints:
-    """Saves every `interval` steps and at the end, and keeps the newest `kept` (0: all)."""
+    """Saves every `save_ckpt_interval` steps and at the end; keeps the newest `kept` (0: all)."""
 
-    def __init__(self, interval: int, kept: int) -> None:
-        self._interval = interval
+    def __init__(self, kept: int) -> None:
         self._kept = kept
         self.last: Path | None = None
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Saves now, if it is time."""
-        if result.step % self._interval == 0 or trainer.is_last:
+        if _is_saved(trainer, result):
             self.last = trainer.save()
             if self._kept:
                 remove_older(self.last.parent, self._kept)

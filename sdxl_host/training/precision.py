@@ -6,6 +6,8 @@ where they are used, unless `halve_parameters` keeps them in the lower type.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import mindspore as ms
@@ -24,6 +26,8 @@ __all__ = [
     "LOSS_SCALE",
     "apply_precision",
     "check_precision",
+    "drawing_settings",
+    "half_notes",
     "halve_parameters",
     "is_half",
     "is_scaled",
@@ -73,6 +77,17 @@ def check_precision(settings: TrainSettings) -> None:
             "--ms_amp_dtype bfloat16: this device does not compute in it (an Ascend 910B or newer "
             "does); use float16, or --ms_amp_level O0"
         )
+
+
+def drawing_settings(settings: TrainSettings) -> tuple[TrainSettings, list[str]]:
+    """The settings to draw with what was trained with `settings`, and notes: in float32 where the
+    device lacks bfloat16. Checkpoints hold float32 at every level, so it loses nothing."""
+    in_bfloat16 = is_half(settings.ms_amp_level) and settings.ms_amp_dtype == "bfloat16"
+    if not in_bfloat16 or has_bfloat16():
+        return settings, []
+    plain = replace(settings, ms_amp_level="O0", ms_amp_dtype="float16", param_fp16=False)
+    told = f"trained at {settings.ms_amp_level} in bfloat16, which this device does not compute in"
+    return plain, [f"{told}; drawn at O0, in float32"]
 
 
 def precision_line(settings: TrainSettings) -> str:
@@ -134,6 +149,25 @@ def halve_parameters(network: nn.Cell, dtype: str) -> dict[int, Any]:
                     values[id(parameter)] = parameter.asnumpy().copy()
                     _convert(parameter, _TYPES[dtype])
     return values
+
+
+def half_notes(network: Collection[Parameter], trained: Collection[Parameter]) -> list[str]:
+    """What to say at the start of a run that `halve_parameters` keeps weights in 16 bits.
+
+    network: all its parameters; trained: those with a float32 copy, which is what is saved.
+    """
+    notes = [
+        "param_fp16: weights in 16 bits make training less stable; without it they stay in "
+        "float32 and are cast where they are used"
+    ]
+    updated = {id(parameter) for parameter in trained}
+    rounded = sum(p.size for p in network if p.dtype in _TYPES.values() and id(p) not in updated)
+    if rounded:
+        notes.append(
+            f"param_fp16: {rounded:,} weights that are not trained have no float32 copy, and "
+            "checkpoints hold them rounded to 16 bits; without it they stay as they were given"
+        )
+    return notes
 
 
 def _convert(parameter: Parameter, dtype: Any) -> None:

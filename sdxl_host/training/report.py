@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -15,23 +16,29 @@ from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.device import on_ascend
 from sdxl_host.models.attention import attention_in_use
 from sdxl_host.settings import TrainSettings
-from sdxl_host.training.checkpoint import STATE_FILE, Checkpoint
+from sdxl_host.training.checkpoint import STATE_FILE, Checkpoint, package_versions
 from sdxl_host.training.optimizer import Optimizer
-from sdxl_host.training.precision import is_half, precision_line
+from sdxl_host.training.precision import half_notes, is_half, precision_line
 from sdxl_host.weights.source import Source
 
 if TYPE_CHECKING:
     from sdxl_host.training.trainer import Trainer
 
 __all__ = [
+    "COMPILING",
     "compute_lines",
     "digest",
+    "end_lines",
     "plugin_lines",
     "plugin_list",
     "record",
     "samples_of",
     "start_lines",
 ]
+
+COMPILING = (
+    "compiling the training step; this takes up to a minute, on Ascend at full size many, once"
+)
 
 
 def plugin_list(config: RunConfig) -> list[dict[str, str]]:
@@ -154,9 +161,46 @@ def start_lines(
         lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
         lines += [f"changed     {line}" for line in changes]
     notes = [*config.notices, *trainer.plugin_notes, *optimizer.notes()]
+    if checkpoint is not None:
+        notes += _version_notes(checkpoint, plugin_list(config))
     if config.train.param_fp16:
-        notes.append(
-            "param_fp16: weights in 16 bits make training less stable; without it they stay in "
-            "float32 and are cast where they are used"
-        )
+        notes += half_notes(trainer.parts.network.values(), trainer.parts.trained)
     return lines + [f"note        {line}" for line in notes]
+
+
+def _version_notes(checkpoint: Checkpoint, plugins: Sequence[Mapping[str, str]]) -> list[str]:
+    """The packages that are not as they were when the checkpoint was written."""
+    here = package_versions()
+    pairs = [(n, checkpoint.versions[n], here[n]) for n in here if n in checkpoint.versions]
+    before = {plugin["name"]: plugin for plugin in checkpoint.plugins}
+    for now in plugins:
+        then = before.get(now["name"], now)
+        if then["distribution"] == now["distribution"]:
+            pairs.append((now["name"], then["version"], now["version"]))
+        else:
+            pairs.append(
+                (now["name"], *(f"{p['distribution']} {p['version']}" for p in (then, now)))
+            )
+    return [f"{name} {there} there and {here} here" for name, there, here in pairs if there != here]
+
+
+def end_lines(
+    trainer: Trainer, seconds: float, checkpoint: Path | None, pictures: Path | None
+) -> list[str]:
+    """The block at the end of a run.
+
+    seconds: that it took. checkpoint, pictures: the last ones written, if any.
+    """
+    lines = [
+        *trainer.guard.lines(),
+        f"trained to step {trainer.step} in {seconds:.0f} s",
+        f"metrics     {trainer.save_path / 'metrics.jsonl'}",
+        f"settings    {trainer.save_path / 'config.yaml'}",
+        f"checkpoint  {checkpoint}",
+    ]
+    if pictures is not None:
+        lines.append(f"pictures    {pictures}")
+    if trainer.is_interrupted and trainer.step < trainer.total_steps:
+        flag = "--resume" if trainer.config.train.save_optimizer else "--weight"
+        lines.append(f"to go on    sdxl-host train ... {flag} {checkpoint}")
+    return lines

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from sdxl_host.config import RunConfig
 from sdxl_host.errors import ConfigError, DataError
-from sdxl_host.settings import TrainSettings
+from sdxl_host.options import describe
+from sdxl_host.settings import SCHEMAS, TrainSettings
 from sdxl_host.training.checkpoint import (
     CHECKPOINTS,
     OPTIMIZER_FILE,
@@ -23,6 +25,7 @@ from sdxl_host.training.checkpoint import (
     find_latest,
     open_checkpoint,
 )
+from sdxl_host.training.optimizer import configured
 from sdxl_host.training.workers import Workers
 
 __all__ = ["RunFolder", "find_checkpoint"]
@@ -31,7 +34,8 @@ __all__ = ["RunFolder", "find_checkpoint"]
 # runs hold a lock each.
 _LOCK = ".lock"
 
-# A resumed run must be the same run; only its length and what is shown of it may change.
+# A resumed run must be the same run; only its length, where the steps of both lengths are the same,
+# and what is shown of it may change.
 _MAY_DIFFER = (
     "data.total_step",
     "data.num_parallel_workers",
@@ -46,6 +50,7 @@ _MAY_DIFFER = (
     "train.max_num_ckpt",
     "train.max_device_memory",
     "train.compile_cache",
+    "train.sink_queue_size",
     "train.save_optimizer",
     "train.sample_interval",
     "train.sample_prompts",
@@ -85,8 +90,8 @@ def find_checkpoint(
         )
     if checkpoint.step >= config.data.total_step:
         raise ConfigError(
-            f"data.total_step: {checkpoint.step} steps are already made; set it higher than "
-            f"{config.data.total_step} to go on"
+            f"data.total_step: is {config.data.total_step}, and {checkpoint.step} steps are "
+            f"already made; set it higher than {checkpoint.step} to go on"
         )
     if settings.resume_step and settings.resume_step != checkpoint.step:
         raise ConfigError(
@@ -99,18 +104,19 @@ def find_checkpoint(
             f"--resume {settings.resume} and --weight {settings.weight} contradict each other: the "
             f"run began with {started or 'untrained weights'}; leave --weight out"
         )
-    saved = OmegaConf.to_container(OmegaConf.load(checkpoint.config_file))
-    differences = list(_differences(saved, OmegaConf.to_container(config.tree)))
+    saved, mine = _saved_settings(checkpoint, config), OmegaConf.to_container(config.tree)
+    differences = [*_differences(saved, mine), *_differences_of_length(saved, config)]
     there: Mapping[str, Any] = checkpoint.record["samples"]
     differences += [
-        f"{what} {'is' if isinstance(mine, int) else 'are'} {there[what]!r} there and {mine!r} here"
-        for what, mine in samples.items()
-        if there[what] != mine
+        f"{what} {'is' if isinstance(here, int) else 'are'} {there[what]!r} there and {here!r} here"
+        for what, here in samples.items()
+        if there[what] != here
     ]
     if differences and not settings.allow_changes:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise ConfigError(
             f"--resume {checkpoint.folder}: its settings differ from this run's: "
-            f"{'; '.join(differences[:5])}; go on with its own by --config "
+            f"{'; '.join(differences[:5])}{more}; go on with its own by --config "
             f"{checkpoint.config_file}, or with these by --allow_changes True"
         )
     return checkpoint, differences
@@ -228,6 +234,44 @@ def _differences(saved: Any, mine: Any, key: str = "") -> Iterator[str]:
             yield f"plugins in the order {', '.join(saved)} there and {', '.join(mine)} here"
     elif saved != mine and key not in _MAY_DIFFER:
         yield f"{key} is {saved!r} there and {mine!r} here"
+
+
+def _saved_settings(checkpoint: Checkpoint, config: RunConfig) -> dict[Any, Any]:
+    """The checkpoint's settings; what was no setting yet when it was written has its default, which
+    it would have too if they were loaded today."""
+    saved: Any = OmegaConf.to_container(OmegaConf.load(checkpoint.config_file))
+    sections = [(saved[name], schema) for name, schema in SCHEMAS.items()]
+    sections += [
+        (saved["plugins"][plugin.installed.name], type(plugin.options))
+        for plugin in config.plugins
+        if plugin.options is not None and plugin.installed.name in saved["plugins"]
+    ]
+    for section, schema in sections:
+        for row in describe(schema):
+            if "default" in row:
+                section.setdefault(row["name"], row["default"])
+    return saved
+
+
+def _differences_of_length(saved: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
+    """Where the run has another length: the updates of both lengths that it makes others."""
+    there, here = saved["data"]["total_step"], config.data.total_step
+    optim = OmegaConf.to_container(config.tree.optim)
+    # Where more of it differs, that is named, and there is no saying what the length has changed.
+    if there == here or saved["optim"] != optim:
+        return
+    tables = []
+    for total in (there, here):
+        optimizer, rates = configured(config.optim, total)
+        tables.append(optimizer.table(rates)[: min(there, here)])
+    changed = np.abs(tables[0] - tables[1])
+    if changed.any():
+        update = int(changed[:, 0].argmax())
+        first, second = (f"{table[update, 0]:.6g}" for table in tables)
+        yield (
+            f"data.total_step is {there} there and {here} here, so that the learning rate of "
+            f"update {update + 1} is {first} there and {second} here"
+        )
 
 
 def _timed(parent: Path) -> Path:

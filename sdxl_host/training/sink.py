@@ -19,7 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from sdxl_host.config import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.device import on_ascend
-from sdxl_host.errors import ConfigError
+from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.hooks import Hooks
 from sdxl_host.model import DiffusionModel
 from sdxl_host.prompts import PromptEmbedding
@@ -39,6 +39,7 @@ COLUMNS = ("latents", "noise", "coefficients", "context", "vector", "mask")
 
 # Of SDXL each takes 630 kB: with 77 tokens 77 * 2048 numbers.
 _MOST_CAPTIONS = 4096
+_CAPTIONS_AT_ONCE = 16
 
 # Columns are made ahead of the steps, so nothing of a step may come back into a later one's.
 _FEEDBACK = ("sample_timesteps", "weight_loss")
@@ -136,7 +137,8 @@ class SinkStep(nn.Cell):
 class FixedCaptions:
     """The embeddings of a dataset's captions, all made beforehand: prompts to `PromptEmbedding`.
 
-    Raises ConfigError for more captions than there is room for.
+    Raises ConfigError for more captions than there is room for, and PluginError where their
+    contexts are of several lengths: the queue's columns have one.
     """
 
     def __init__(self, hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> None:
@@ -146,13 +148,28 @@ class FixedCaptions:
                 f"--data_sink True: embeddings must be there beforehand, and of {len(captions):,} "
                 f"captions there are too many to hold (at most {_MOST_CAPTIONS:,}); leave it out"
             )
-        self._all = hooks.encode_prompt(captions, model.encoders)
-        self._rows = {caption: row for row, caption in enumerate(captions)}
+        self._rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._is_masked = False
+        lengths: set[int] = set()
+        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            some = captions[start : start + _CAPTIONS_AT_ONCE]
+            encoded = hooks.encode_prompt(some, model.encoders)
+            rows = zip(encoded.context, encoded.pooled, encoded.attended(), strict=True)
+            self._rows.update(zip(some, rows, strict=True))
+            self._is_masked |= encoded.mask is not None
+            lengths.add(encoded.context.shape[1])
+        if len(lengths) > 1:
+            raise PluginError(
+                f"encode_prompt: {hooks.chain('encode_prompt')}: gives contexts of "
+                f"{', '.join(map(str, sorted(lengths)))} tokens, and with --data_sink True all "
+                "must be of one length; give all prompts the longest with a mask, or leave the "
+                "flag out"
+            )
 
     def __call__(self, captions: Sequence[str]) -> PromptEmbedding:
         rows = [self._rows[caption] for caption in captions]
-        mask = None if self._all.mask is None else self._all.mask[rows]
-        return PromptEmbedding(self._all.context[rows], self._all.pooled[rows], mask)
+        context, pooled, attended = (np.stack(arrays) for arrays in zip(*rows, strict=True))
+        return PromptEmbedding(context, pooled, attended if self._is_masked else None)
 
 
 def outputs(

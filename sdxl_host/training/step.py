@@ -270,7 +270,7 @@ class TrainStep(nn.Cell):
 
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name, as float32 and int32 arrays."""
-        return {parameter.name: parameter.asnumpy() for parameter in self._state()}
+        return {parameter.name: parameter.asnumpy() for parameter in self.state_parameters()}
 
     def load_state(self, state: Mapping[str, np.ndarray], is_lenient: bool = False) -> list[str]:
         """Takes back what `state` gave. Before the first step: see `StepRunner`.
@@ -279,12 +279,12 @@ class TrainStep(nn.Cell):
         returned say so; otherwise a KeyError or ValueError.
         """
         missing = 0
-        for parameter in self._state():
+        for parameter in self.state_parameters():
             if is_lenient and getattr(state.get(parameter.name), "shape", None) != parameter.shape:
                 missing += 1
                 continue
             parameter.set_data(Tensor(state[parameter.name]))
-        told = f"{missing} of the optimizer's {len(self._state())} arrays begin anew"
+        told = f"{missing} of the optimizer's {len(self.state_parameters())} arrays begin anew"
         return [told] if missing else []
 
     def values(self) -> dict[int, Parameter]:
@@ -309,7 +309,8 @@ class TrainStep(nn.Cell):
             for parameter, value in zip(self.parameters, kept, strict=False):
                 ops.assign(parameter, Tensor(value))
 
-    def _state(self) -> list[Parameter]:
+    def state_parameters(self) -> list[Parameter]:
+        """What the optimizer's state is kept in."""
         kept = [*self.moments1, *self.moments2, self.applied]
         return [*kept, self.scale, self.unchanged] if self.is_scaled else kept
 

@@ -22,7 +22,7 @@ from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.sampling.sampler import Conditions, PictureSampler
 from sdxl_host.targets import build
-from sdxl_host.training import sink, snapshot
+from sdxl_host.training import report, sink, snapshot
 from sdxl_host.training.batches import Batches
 from sdxl_host.training.checkpoint import save_checkpoint
 from sdxl_host.training.inputs import Inputs
@@ -43,7 +43,6 @@ from sdxl_host.training.precision import (
     is_scaled,
     set_precision,
 )
-from sdxl_host.training.report import digest, plugin_lines, samples_of, start_lines
 from sdxl_host.training.result import StepResult
 from sdxl_host.training.resume import RunFolder, find_checkpoint
 from sdxl_host.training.step import StepRunner, TrainStep
@@ -88,7 +87,9 @@ class Trainer:
         self.batch_size = (
             config.data.per_batch_size * settings.gradient_accumulation_steps * self.workers.count
         )
-        checkpoint, changes = find_checkpoint(config, samples_of(self.batch_size, self.dataset))
+        checkpoint, changes = find_checkpoint(
+            config, report.samples_of(self.batch_size, self.dataset)
+        )
         source = open_weight(settings.weight) if checkpoint is None else None
         with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
             self.dataset.check(threads)
@@ -104,7 +105,8 @@ class Trainer:
         if settings.data_sink:
             sink.check(config, self.hooks, self.model, checkpoint.step if checkpoint else 0)
         self.workers.agree(
-            digest(config, self.dataset, checkpoint), "settings, plugins, captions or checkpoint"
+            report.digest(config, self.dataset, checkpoint),
+            "settings, plugins, captions or checkpoint",
         )
         self.folder = RunFolder(config, checkpoint, self.workers)
         self.save_path = self.folder.path
@@ -114,9 +116,6 @@ class Trainer:
         if self.workers.count > 1:
             self.workers.agree(self.parts.digest(), "weights")
         set_precision(self.model, settings)
-        copies = None
-        if settings.param_fp16:
-            copies = halve_parameters(self.parts.cell, settings.ms_amp_dtype)
         shares = averaging_shares(settings.ema_decay, self.total_steps)
         self.cell = TrainStep(
             self.parts.cell,
@@ -127,7 +126,9 @@ class Trainer:
             LOSS_SCALE if is_scaled(settings) else None,
             batches=settings.gradient_accumulation_steps,
             averaging=shares if settings.use_ema else None,
-            float32=copies,
+            float32=halve_parameters(self.parts.cell, settings.ms_amp_dtype)
+            if settings.param_fp16
+            else None,
             workers=self.workers.count,
         )
         self.guard = FiniteGuard(self.cell.is_scaled)
@@ -143,8 +144,8 @@ class Trainer:
         self._eager = settings.ms_mode == 1
         self._run_step = StepRunner(self.cell, self._eager, settings.jit_level)
         self._sampler: PictureSampler | None = None
-        self.curve_lines, self.plugin_notes = plugin_lines(config, checkpoint)
-        for line in start_lines(self, optimizer, checkpoint, changes, source):
+        self.curve_lines, self.plugin_notes = report.plugin_lines(config, checkpoint)
+        for line in report.start_lines(self, optimizer, checkpoint, changes, source):
             self._say(line)
 
     # ---- the run
@@ -158,7 +159,7 @@ class Trainer:
         settings, seed = self.config.train, self.config.train.seed
         observers: list[Any] = [Agreement(), self.guard]
         grids = Grids(self.sampler, self._grid_prompts(), settings)
-        checkpoints = Checkpoints(settings.save_ckpt_interval, settings.max_num_ckpt)
+        checkpoints = Checkpoints(settings.max_num_ckpt)
         if self.is_main:
             metrics = Metrics(self.save_path / "metrics.jsonl", settings.log_interval, self.step)
             progress = Progress(first, self.total_steps, self.batch_size, self._say)
@@ -175,10 +176,7 @@ class Trainer:
             self.config.data.num_parallel_workers,
         )
         if not self._eager:
-            self._say(
-                "compiling the training step; this takes up to a minute, on Ascend at full size "
-                "many, once"
-            )
+            self._say(report.COMPILING)
         started = time.monotonic()
         try:
             make = self._sunk_steps if settings.data_sink else self._steps
@@ -196,17 +194,9 @@ class Trainer:
             self.folder.release()
         if self._stop_reason is not None:
             self._say(f"stopped after step {self.step}: {self._stop_reason}")
-        for line in self.guard.lines():
+        seconds = time.monotonic() - started
+        for line in report.end_lines(self, seconds, checkpoints.last, grids.last):
             self._say(line)
-        self._say(f"trained to step {self.step} in {time.monotonic() - started:.0f} s")
-        self._say(f"metrics     {self.save_path / 'metrics.jsonl'}")
-        self._say(f"settings    {self.save_path / 'config.yaml'}")
-        self._say(f"checkpoint  {checkpoints.last}")
-        if grids.last is not None:
-            self._say(f"pictures    {grids.last}")
-        if self.is_interrupted:
-            flag = "--resume" if settings.save_optimizer else "--weight"
-            self._say(f"to go on    sdxl-host train ... {flag} {checkpoints.last}")
         # The launcher kills all workers when one ends with an error, rank 0 at its saving too.
         number = self._interruption.number if self.is_main else None
         return 0 if number is None else 128 + number

@@ -63,21 +63,25 @@ class Workers:
 def join(is_parallel: bool) -> Workers:
     """This process among its workers. After `prepare_device`. Raises ConfigError.
 
-    is_parallel: whether there are others, started by `msrun`, which says so in the environment.
+    is_parallel: whether there are others, started by `msrun`, which says so in the environment. A
+    launch by a rank table alone, or by MPI, is not served.
     """
-    started = "MS_WORKER_NUM" in os.environ or "RANK_TABLE_FILE" in os.environ
+    told = os.environ.get("MS_WORKER_NUM", "")
+    # The scheduler is started by the same command; it stays in `init` until the workers are done.
+    is_started = told.isdecimal() and os.environ.get("MS_ROLE") in ("MS_WORKER", "MS_SCHED")
+    if is_parallel and not is_started:
+        raise ConfigError(
+            "--is_parallel True: msrun has not started this process; call it by msrun "
+            '--worker_num=N --local_worker_num=N --join=True "$(command -v sdxl-host)" train ..., '
+            "as docs/distributed.md shows, or leave the flag out"
+        )
     if not is_parallel:
-        if int(os.environ.get("MS_WORKER_NUM", "1")) > 1:
+        if is_started and int(told) > 1:
             raise ConfigError(
-                f"{os.environ['MS_WORKER_NUM']} workers were started, and each would train on its "
-                "own; use --is_parallel True"
+                f"{told} workers were started, and each would train on its own; use "
+                "--is_parallel True"
             )
         return Workers()
-    if not started:
-        raise ConfigError(
-            "--is_parallel True: no workers were started; call it by msrun --worker_num=N "
-            "--local_worker_num=N, as docs/distributed.md shows"
-        )
     from mindspore import communication
 
     communication.init()

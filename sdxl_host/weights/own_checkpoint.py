@@ -28,7 +28,7 @@ from sdxl_host.weights.metadata import (
     SCHEDULER,
 )
 from sdxl_host.weights.single_file import without_extras
-from sdxl_host.weights.tensors import Source, Tensors, open_safetensors
+from sdxl_host.weights.tensors import Source, open_safetensors, over
 
 __all__ = ["open_own_checkpoint"]
 
@@ -51,10 +51,10 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
 
     checkpoint = open_checkpoint(folder)
     config: dict[str, Any] = yaml.safe_load(checkpoint.config_file.read_text("utf-8"))
-    merged = _over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
+    merged = over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
     described = f"{folder} (checkpoint of step {checkpoint.step})"
     if use_averages and (folder / AVERAGES_FILE).is_file():
-        merged = _over(merged, open_safetensors(folder / AVERAGES_FILE))
+        merged = over(merged, open_safetensors(folder / AVERAGES_FILE))
         described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
     found = without_extras(merged, described)
     architecture = _architecture(found.shapes, config["model"]["params"])
@@ -79,15 +79,6 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
             SCALE_FACTOR: str(config["model"]["params"].get("scale_factor", 1.0)),
         },
         architecture=architecture,
-    )
-
-
-def _over(first: Tensors, later: Tensors) -> Tensors:
-    """The tensors of both files, the later one's in front."""
-    return Tensors(
-        shapes={**first.shapes, **later.shapes},
-        dtypes={**first.dtypes, **later.dtypes},
-        read=lambda name: (later if name in later.shapes else first).read(name),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +18,15 @@ from sdxl_host.errors import DataError
 if TYPE_CHECKING:
     from sdxl_host.weights.architecture import Architecture
 
-__all__ = ["DTYPES", "SAFETENSORS_NAMES", "Source", "Tensors", "open_safetensors", "read_pieces"]
+__all__ = [
+    "DTYPES",
+    "SAFETENSORS_NAMES",
+    "Source",
+    "Tensors",
+    "open_safetensors",
+    "over",
+    "read_pieces",
+]
 
 # Precision as files and flags call it, and what numpy holds it in.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -68,6 +76,19 @@ class Source(Tensors):
     description: str = ""
     architecture: Architecture | None = None
     notes: tuple[str, ...] = ()
+
+
+T = TypeVar("T", bound=Tensors)
+
+
+def over(first: T, later: Tensors) -> T:
+    """`first` with the tensors of both, the later one's in front."""
+    return replace(
+        first,
+        shapes={**first.shapes, **later.shapes},
+        dtypes={**first.dtypes, **later.dtypes},
+        read=lambda name: (later if name in later.shapes else first).read(name),
+    )
 
 
 def open_safetensors(path: Path) -> Tensors:

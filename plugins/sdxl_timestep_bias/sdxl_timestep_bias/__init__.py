@@ -54,7 +54,7 @@ class TimestepBias:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._source_and_biased: tuple[Distribution, Distribution] | None = None
-        self._idle: dict[int, bool] = {}  # asked twice a step
+        self._idle: dict[int, bool] = {}  # asked each step
 
     def weights(self, count: int) -> np.ndarray:
         """w_t for the timesteps 0 to count - 1, float64 (count,); only their ratios matter."""
@@ -90,11 +90,15 @@ class TimestepBias:
 
     @hookimpl(wrapper=True)
     def weight_loss(self, noise: Noise) -> Generator[None, np.ndarray, np.ndarray]:
-        """lambda over q(sigma) / p(sigma): importance sampling, which leaves the mean unbiased."""
+        """lambda over q(sigma) / p(sigma): importance sampling, which leaves the mean unbiased.
+
+        p and q are what this plugin was given and what it made of that; others correct their own.
+        """
         weights = yield
-        if not self.options.importance_correction or self.is_idle(len(noise.distribution.schedule)):
+        if not self.options.importance_correction or self._source_and_biased is None:
             return weights
-        return weights / noise.distribution.ratio(noise.sigma)
+        source, biased = self._source_and_biased
+        return weights * source.ratio(noise.sigma) / biased.ratio(noise.sigma)
 
     def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
         """Where the draws go in the end, and options that have no effect beside the others."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
@@ -52,10 +54,19 @@ class Defaults:
 
 
 def run(options: Options, distribution: Distribution = UNIFORM) -> Hooks:
-    installed = Installed(
-        "timestep_bias", "sdxl-timestep-bias", "0.1.0", None, "sdxl_timestep_bias", "TimestepBias"
-    )
-    return Hooks(Defaults(distribution), [Plugin(installed, options, TimestepBias(options))])
+    return chain([options], distribution)
+
+
+def chain(several: Sequence[Options], distribution: Distribution = UNIFORM) -> Hooks:
+    """One plugin after the other, as in the order of --plugins."""
+    plugins = []
+    for index, options in enumerate(several):
+        name = "timestep_bias" + f"_{index + 1}" * (index > 0)
+        installed = Installed(
+            name, "sdxl-timestep-bias", "0.1.0", None, "sdxl_timestep_bias", "TimestepBias"
+        )
+        plugins.append(Plugin(installed, options, TimestepBias(options)))
+    return Hooks(Defaults(distribution), plugins)
 
 
 def biased(options: Options, distribution: Distribution = UNIFORM) -> Distribution:
@@ -243,16 +254,57 @@ def test_importance_correction_keeps_the_mean_of_the_loss(source: Distribution) 
     hooks = run(options, source)
     q = hooks.sample_timesteps(model=None, step=1)
 
-    def loss(sigma: np.ndarray) -> np.ndarray:
-        return 1 / (1 + sigma**2)
+    assert mean(hooks) == pytest.approx(source.expect(loss), rel=1e-9)
+    assert q.expect(loss) != pytest.approx(source.expect(loss), rel=1e-2)
+
+
+def loss(sigma: np.ndarray) -> np.ndarray:
+    return 1 / (1 + sigma**2)
+
+
+def mean(hooks: Hooks) -> float:
+    """The weighted loss's mean over the draws, without the default's own weight."""
+    q = hooks.sample_timesteps(model=None, step=1)
 
     def weighed(sigma: np.ndarray) -> np.ndarray:
         noise = Noise.at(sigma, SCHEDULE, q)
-        # The default's own weight is divided out, to leave the correction alone.
         return hooks.weight_loss(model=None, noise=noise, step=1) * sigma * loss(sigma)
 
-    assert q.expect(weighed) == pytest.approx(source.expect(loss), rel=1e-9)
-    assert q.expect(loss) != pytest.approx(source.expect(loss), rel=1e-2)
+    return q.expect(weighed)
+
+
+@pytest.mark.parametrize("source", [UNIFORM, LogNormal()], ids=["discrete", "continuous"])
+def test_two_that_correct_keep_the_mean_of_the_loss(source: Distribution) -> None:
+    """Each undoes its own change: E_q12[f / (q1/p) / (q12/q1)] = E_p[f]. The source is reweighted
+    already, by someone who corrects nothing."""
+    given = source.reweighted(np.linspace(1.0, 2.0, 1000))
+    first = Options("range", 4.0, begin=200, end=500, importance_correction=True)
+    second = Options("later", 3.0, portion=0.6, importance_correction=True)
+    for several in ([first, second], [second, first]):
+        hooks = chain(several, given)
+        drawn = hooks.sample_timesteps(model=None, step=1)
+        assert drawn.expect(loss) != pytest.approx(given.expect(loss), rel=1e-2)
+        assert mean(hooks) == pytest.approx(given.expect(loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("source", [UNIFORM, LogNormal()], ids=["discrete", "continuous"])
+def test_one_that_corrects_leaves_the_other_s_draws(source: Distribution) -> None:
+    """E_q12[f q1/q12] = E_q1[f]; corrected by the first, it is E_q2[f] times what does not depend
+    on f."""
+    one = Options("range", 4.0, begin=200, end=500)
+    other = Options("later", 3.0, portion=0.6)
+    corrected = replace(other, importance_correction=True)
+    alone = biased(one, source)
+    assert mean(chain([one, corrected], source)) == pytest.approx(alone.expect(loss), rel=1e-9)
+    first = mean(chain([corrected, one], source))
+    weights = [TimestepBias(options).weights(1000) for options in (one, other)]
+    totals = [
+        source.expect(lambda sigma, w=w: w[SCHEDULE.nearest(sigma)])
+        for w in (*weights, weights[0] * weights[1])
+    ]
+    factor = totals[0] * totals[1] / totals[2]
+    assert factor != pytest.approx(1.0, rel=1e-3)
+    assert first == pytest.approx(factor * alone.expect(loss), rel=1e-4)
 
 
 def test_importance_correction_divides_by_the_change_of_density() -> None:
