@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdxl_host.errors import ConfigError, did_you_mean
-from sdxl_host.flags import SECTIONS, Arguments, apply_flag, read_value, set_key
+from sdxl_host.flags import SECTIONS, Arguments, apply_flag, read_value, refuse_empty, set_key
 from sdxl_host.options import build_options, first_line, union_members
 from sdxl_host.plugin_targets import adopt
 from sdxl_host.plugins import Installed, normalize
@@ -301,6 +301,7 @@ def _override(tree: DictConfig, key: str, text: str) -> None:
             f"{key}: there is no such section{did_you_mean(top, SECTIONS)} "
             f"(sections: {', '.join(SECTIONS)})"
         )
+    refuse_empty(key, text, key)
     try:
         value = read_value(text)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:

@@ -22,7 +22,16 @@ from sdxl_host.plugins import normalize
 from sdxl_host.selection import Selection
 from sdxl_host.settings import FLAG_HOMES, NOT_YET, SCHEMAS, TrainSettings
 
-__all__ = ["SECTIONS", "Arguments", "Flag", "apply_flag", "convert", "read_value", "set_key"]
+__all__ = [
+    "SECTIONS",
+    "Arguments",
+    "Flag",
+    "apply_flag",
+    "convert",
+    "read_value",
+    "refuse_empty",
+    "set_key",
+]
 
 SECTIONS = ("model", "optim", "data", "train", "plugins")
 _TRUTH = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
@@ -30,6 +39,15 @@ _OVERRIDE = re.compile(r"(?P<top>[A-Za-z_]\w*)[.\[][^=]*=")  # section.key=value
 _PLUGIN_KEY = re.compile(r"plugins(?:\.(?P<dotted>[^.\[]+)|\[(?P<bracketed>[^\]]+)\])(?P<rest>.*)")
 # A union takes a text for the first of its members that can be made of it; any word is a str.
 _ORDER = (types.NoneType, bool, int, float, Literal, list, tuple, dict)
+
+# Paths that are not given empty: an unset variable would train something else without a word.
+_PATHS = {
+    "train.weight": "weights",
+    "train.resume": "a checkpoint folder, or `latest`",
+    "train.optimizer_weight": "the optimizer's state",
+    "train.save_path": "a folder",
+    FLAG_HOMES["data_path"]: "a folder of pictures",
+}
 
 
 @dataclass(frozen=True)
@@ -113,12 +131,10 @@ class Arguments:
         """The flag's value, converted to the type `hint`; the next word where it stood bare."""
         text = flag.value
         following = self._words[self._place] if self._place < len(self._words) else None
-        # A bare switch takes the next word only if that is a truth value.
-        takes_next = following is not None and following.lower() in _TRUTH
-        if text is None and bool in union_members(hint) and not takes_next:
-            return True
         if text is None:
             if following is None or following.startswith("--"):
+                if bool in union_members(hint):  # a bare switch
+                    return True
                 raise ConfigError(f"--{flag.name}: needs a value ({type_name(hint)})")
             text = following
             self._place += 1
@@ -157,6 +173,7 @@ def convert(text: str, hint: Any, where: str) -> Any:
         kinds = [get_origin(member) or member for member in union_members(hint)]
         remedy = "; a list is written [a, b]" if list in kinds or tuple in kinds else ""
         remedy = "; a mapping is written {a: 1}" if dict in kinds else remedy
+        remedy = "; give True or False" if kinds == [bool] else remedy
         raise ConfigError(
             f"{where} {text}: does not fit its type, {type_name(hint)}{remedy}"
         ) from None
@@ -220,6 +237,14 @@ def read_value(text: str) -> Any:
     return tree["value"]
 
 
+def refuse_empty(key: str, text: str, said: str) -> None:
+    """Raises ConfigError, beginning with `said`, for a path of the command line that is empty."""
+    if key in _PATHS and not text.strip():
+        raise ConfigError(
+            f"{said}: is empty, as an unset variable is; give {_PATHS[key]}, or leave it out"
+        )
+
+
 def set_key(tree: DictConfig, key: str, value: Any, said: str) -> None:
     """Sets a dotted key, making what lies on the way. Raises ConfigError, beginning with `said`."""
     try:
@@ -259,6 +284,7 @@ def apply_flag(tree: DictConfig, flag: Flag, selection: Selection, lines: Argume
 
 def _set_flag(tree: DictConfig, key: str, flag: Flag, hint: Any, lines: Arguments) -> None:
     value = lines.take_value(flag, hint)
+    refuse_empty(key, str(value), f"--{flag.name}")
     set_key(tree, key, value, f"--{flag.name} {value}")
 
 

@@ -171,7 +171,7 @@ OLD_FLAGS = {
     "infer_during_train": "pictures are drawn every so many steps; use --sample_interval",
     "infer_interval": "pictures are drawn every so many steps; use --sample_interval",
     "ms_enable_graph_kernel": "it was for GPUs, which this program does not run on; leave it out",
-    "ms_enable_allreduce_fusion": "MindSpore groups what workers exchange; leave it out",
+    "ms_enable_allreduce_fusion": "workers exchange each gradient by itself; leave it out",
     "overflow_still_update": "gradients that are not finite are never applied; leave it out",
     "dynamic_shape": "all pictures of a run have one size here; leave it out",
     "parallel_mode": "workers share the data of an update; use --is_parallel True",

@@ -182,13 +182,14 @@ def fill(device: str, deterministic: ModuleType) -> Callable[..., dict]:
 
     Returns its parameters by their names in the single file, each of which begins with `prefix`.
     """
-    from sdxl_host.weights.files import assign
+    from sdxl_host.weights.files import load
     from sdxl_host.weights.names import single_file_parameters
+    from sdxl_host.weights.tensors import Source
 
     def fill_cell(cell, prefix: str) -> dict:
         parameters = single_file_parameters(cell, prefix)
-        arrays = {n: deterministic.weight(n, tuple(p.shape)) for n, p in parameters.items()}
-        assign(parameters, arrays, "tests/golden")
+        shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+        load(parameters, Source(shapes, {}, lambda n: deterministic.weight(n, shapes[n])))
         return parameters
 
     return fill_cell

@@ -47,6 +47,15 @@ def test_every_setting_that_a_graph_holds_has_its_own(words: list[str]) -> None:
     assert folder(*words) != folder()
 
 
+def test_every_number_of_workers_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over them is a constant of the graph: another number would be trained wrongly."""
+    folders = {folder("--is_parallel=True")}
+    for number in ("1", "2", "8"):
+        monkeypatch.setenv("MS_WORKER_NUM", number)
+        folders.add(folder("--is_parallel=True"))
+    assert len(folders) == 4
+
+
 def test_sources_and_versions_have_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +96,7 @@ def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.soak
-def test_a_second_process_finds_the_graphs_and_trains_the_same(tmp_path: Path) -> None:
+def test_a_second_process_finds_the_graphs(tmp_path: Path) -> None:
     """Compiled, kept, found: three runs with equal metrics, of which the second compiles nothing
     anew (its folder is not written to)."""
     words = ["--config", "tiny.yaml", "--plugins", "edm,snr", "train.ms_mode=0"]

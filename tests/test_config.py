@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +211,31 @@ def test_hyphens_in_flags_read_as_underscores():
         (["--clip_grad=off"], False),
     ],
 )
-def test_a_switch_takes_the_next_word_only_if_it_is_a_truth_value(words, value):
+def test_a_switch_alone_is_true_and_takes_a_truth_value(words, value):
     assert load(["train.clip_grad=" + str(not value), *words]).train.clip_grad is value
 
 
-def test_a_word_after_a_switch_that_is_no_truth_value_is_not_swallowed():
-    refuse(["--clip_grad", "maybe"], r"^maybe: not understood")
-    refuse(["--clip_grad=maybe"], r"^--clip_grad maybe: does not fit its type, bool")
+@pytest.mark.parametrize("words", [["--clip_grad", "maybe"], ["--clip_grad=maybe"]])
+def test_a_word_after_a_switch_that_is_no_truth_value_is_refused_with_the_flag(words):
+    refuse(words, r"^--clip_grad maybe: does not fit its type, bool; give True or False$")
+
+
+PATHS = {
+    "weight": "train.weight",
+    "resume": "train.resume",
+    "optimizer_weight": "train.optimizer_weight",
+    "save_path": "train.save_path",
+    "data_path": "data.dataset_config.params.data_path",
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_an_empty_path_of_the_command_line_is_refused(name):
+    """An unset variable leaves one; in a file it means none."""
+    told = r": is empty, as an unset variable is; give .*, or leave it out$"
+    for words in ([f"--{name}", ""], [f"--{name}="], [f"--{name}", " "]):
+        refuse(words, f"^--{name}{told}")
+    refuse([f"{PATHS[name]}="], f"^{re.escape(PATHS[name])}{told}")
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["--seed=-1"]])

@@ -509,6 +509,32 @@ def test_an_exporter_that_raises_leaves_the_earlier_checkpoint_whole(run: Path) 
     loads(run, 2)
 
 
+# ---- what is in a new run's folder
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_file_that_no_run_has_written_is_not_written_over(
+    tmp_path: Path, refused: Refused, name: str
+) -> None:
+    """However often it is tried: the folder is left as it was."""
+    (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        line = refused(tmp_path)
+        assert line.startswith(f"{tmp_path / name}: a new run would write over it; choose another")
+        assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_a_way_that_works(
+    run: Path, refused: Refused
+) -> None:
+    """Weights alone can't be resumed."""
+    told = f"{run}: already holds a run; choose another --save_path, "
+    assert refused(run) == f"{told}or continue it with --resume latest"
+    last = run / "checkpoints" / "step_00000002"
+    (last / "optimizer.safetensors").unlink()
+    assert refused(run) == f"{told}with --weight {last} to start from its weights"
+
+
 # ---- two runs in one folder
 
 

@@ -155,7 +155,7 @@ EFFECTS = {
     "param_fp16": "test_flags.py::test_weights_in_16_bits_but_for_norms",
     "max_device_memory": "test_flags.py::test_the_devices_memory_is_limited",
     "is_parallel": LAW_FIVE,
-    "compile_cache": "test_compile_cache.py::test_it_is_off_unless_asked_for",
+    "compile_cache": "test_compile_cache.py::test_a_second_process_finds_the_graphs",
     "data_sink": "test_sink.py::test_columns_give_what_ordinary_steps_give",
     "sink_size": "test_sink.py::test_columns_give_what_ordinary_steps_give",
     "sink_queue_size": "test_flags.py::test_the_queue_holds_as_many_steps_as_it_is_told_to",
@@ -548,10 +548,10 @@ def test_the_guides_way_to_resume_is_resume(
     assert found.folder == part.parent
     assert f"resumed     {checkpoint} at step 2" in found.said
     assert found.metrics == plain.metrics
-    assert_close(found.arrays("network.safetensors"), plain.arrays("network.safetensors"), atol=0)
-    # Threads differ in whether they flush subnormal numbers, 1e-38 and below, to 0.
-    moments = found.arrays("optimizer.safetensors")
-    assert_close(moments, plain.arrays("optimizer.safetensors"), atol=2e-38)
+    for name in ("network.safetensors", "optimizer.safetensors"):
+        arrays, expected = found.arrays(name), plain.arrays(name)
+        assert arrays.keys() == expected.keys()
+        assert all(arrays[key].tobytes() == expected[key].tobytes() for key in expected)
 
 
 @pytest.mark.parametrize(

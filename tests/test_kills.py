@@ -363,14 +363,15 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def moments(total: int, count: int, seed: int) -> Iterator[Kill]:
     """`count` moments over a run of `total` steps, in order; the second of every five is the
-    writing of a checkpoint, the fifth of every ten the start of a process."""
+    writing of a checkpoint, the fourth of every ten the start of a process, the last its end."""
     chance = random.Random(seed)
-    steps = sorted(chance.sample(range(1, total - 2), count))
+    steps = sorted(chance.sample(range(1, 3 * total // 4), count - 1))
     for index, step in enumerate(steps):
         if index % 5 == 1:
             yield Kill(step, None)
         else:
-            yield Kill(0 if index % 10 == 4 else step, chance.uniform(0.0, 1.0))
+            yield Kill(0 if index % 10 == 3 else step, chance.uniform(0.0, 1.0))
+    yield Kill(total, 0.0)
 
 
 def test_five_kills_change_nothing(kill_and_compare: Callable[[int, list[Kill]], None]) -> None:
@@ -381,4 +382,4 @@ def test_five_kills_change_nothing(kill_and_compare: Callable[[int, list[Kill]],
 @pytest.mark.soak
 def test_twenty_kills_change_nothing(kill_and_compare: Callable[[int, list[Kill]], None]) -> None:
     """Four of them while a checkpoint was being written."""
-    kill_and_compare(40, list(moments(30, 20, seed=20)))
+    kill_and_compare(40, list(moments(40, 20, seed=20)))

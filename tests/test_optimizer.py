@@ -114,12 +114,23 @@ def test_defaults_are_those_of_the_originals():
         ({"beta2": 0.99999999}, r"beta2 must lie in \[0, 1\) in float32, not 0.99999999"),
         ({"eps": 0.0}, "eps must be above 0"),
         ({"eps": -1e-8}, "eps must be above 0"),
+        ({"eps": float("nan")}, "eps must be at least"),
+        ({"eps": 1e-42}, "eps must be at least 1.18e-38 in float32 at every update, and 1e-42 is"),
         ({"weight_decay": -0.01}, "weight_decay at least 0"),
     ],
 )
 def test_refused(optimizer, settings, message):
     with pytest.raises(ValueError, match=message):
         optimizer(**settings)
+
+
+def test_eps_may_not_be_subnormal_where_the_correction_makes_it_least():
+    """AdamW's of the first update is eps * sqrt(1 - b2); the least that is taken is in the table
+    as a normal number."""
+    with pytest.raises(ValueError, match=r"every update, and 2e-38 is 6\.32e-39 at the first"):
+        AdamW(beta2=0.9, eps=2e-38)
+    for optimizer in (AdamW(beta2=0.9, eps=4e-38), AdamWeightDecay(beta2=0.9, eps=1.2e-38)):
+        assert (optimizer.table(RATES)[:, 2] >= np.finfo(np.float32).tiny).all()
 
 
 def test_notes():

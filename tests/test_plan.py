@@ -76,7 +76,7 @@ def known(*words: str) -> tuple[RunConfig, dict[str, str]]:
 
 def test_each_layer_is_told_by_its_name() -> None:
     config, found = known(
-        "--plugins", "snr", "--lpw", "--seed", "7", "--snr_gamma=3", "--data_path", "",
+        "--plugins", "snr", "--lpw", "--seed", "7", "--snr_gamma=3", "--data_path", "there",
         "optim.base_learning_rate=1e-5", "train.sample_steps=2",
     )  # fmt: skip
     assert found["model.params.network_config.params.model_channels"] == "tiny.yaml"

@@ -89,7 +89,7 @@ def refuse(words: list[str], message: str, kind: type[HostError] = HostError) ->
 def test_ways_to_select(three, words, expected):
     """By --plugins, by name, by a flag of the plugin or by a dotted override; flags append."""
     if expected is None:
-        refuse(words, r"^seed: not understood")
+        refuse(words, r"^--ash seed: does not fit its type, bool; give True or False$")
     else:
         assert names(load(words)) == expected
 

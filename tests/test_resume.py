@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sdxl_host.config import load, restore
 from sdxl_host.data.dataset import Text2ImageDataset
@@ -57,6 +58,16 @@ def train(device: str) -> Train:
         return trainer.save_path, said
 
     return run
+
+
+def resumed(run: Path, *words: str) -> tuple[Any, list[str]]:
+    """A trainer that would go on, and what was said."""
+    from sdxl_host.training.trainer import Trainer
+
+    said: list[str] = []
+    trainer = Trainer(load([*ARGUMENTS, "--save_path", str(run), *words]), said.append)
+    trainer.folder.release()
+    return trainer, said
 
 
 def copied(run: Path, place: Path, step: int) -> Path:
@@ -132,6 +143,56 @@ def test_updates_that_were_skipped_are_counted_on(whole: Path, device: str, tmp_
     trainer.folder.release()
 
 
+def test_what_settings_that_may_differ_have_no_state_of_is_named(
+    whole: Path, device: str, tmp_path: Path
+) -> None:
+    """And nothing is, where nothing differs, though it might."""
+    copied(whole, tmp_path / "part", 4)
+    words = [*ALL, "--resume=latest", "--allow_changes=True"]
+    same, said = resumed(tmp_path / "part", *words)
+    assert not any(line.startswith("changed ") for line in said)
+    kept = load_file(tmp_path / "part" / "checkpoints" / "latest" / "optimizer.safetensors")
+    state = same.cell.state()
+    assert {n: a.tobytes() for n, a in state.items()} == {n: a.tobytes() for n, a in kept.items()}
+
+    words[words.index("--use_ema=True")] = "--use_ema=False"
+    _, said = resumed(tmp_path / "part", *words, "--ms_amp_level=O2")
+    assert [line[12:] for line in said if line.startswith("changed ")] == [
+        "train.use_ema is True there and False here",
+        "train.ms_amp_level is 'O0' there and 'O2' here",
+        "loss_scale and loss_scale_age begin anew",
+        "the moving average is left out",
+    ]
+
+
+def test_state_of_another_shape_is_not_taken(whole: Path, device: str, tmp_path: Path) -> None:
+    """Refused before any other is taken, or named where that is allowed."""
+    from sdxl_host.training import snapshot
+
+    checkpoint = open_checkpoint(copied(whole, tmp_path / "part", 4))
+    trainer, _ = resumed(tmp_path / "part", *ALL, f"--resume={checkpoint.folder}")
+    before = trainer.cell.state()
+    name = "adam_v.out.2.bias"
+    other = {n: np.full_like(a, 9) for n, a in before.items()} | {name: np.zeros(2, np.float32)}
+    averages = load_file(checkpoint.folder / "ema.safetensors")
+    lost = "model.diffusion_model.out.2.bias"
+    averages.pop(lost)
+    for file, found in (("optimizer", other), ("ema", averages)):
+        (checkpoint.folder / f"{file}.safetensors").unlink()
+        save_file(found, checkpoint.folder / f"{file}.safetensors")
+    told = rf"{name} is of shape \(2,\) there and of shape \(3,\) here; and 1 more; go on with the"
+    with pytest.raises(ConfigError, match=told):
+        snapshot.give_back(trainer, checkpoint, is_lenient=False)
+    assert trainer.cell.state()["applied"] == 4
+    assert snapshot.give_back(trainer, checkpoint, is_lenient=True) == [
+        f"{name} begins anew",
+        f"the moving average of {lost} begins with these weights",
+    ]
+    after = trainer.cell.state()
+    assert after["applied"] == 9
+    assert after[name].tobytes() == before[name].tobytes()
+
+
 def test_a_batch_is_a_function_of_seed_and_step(device: str, tmp_path: Path) -> None:
     """Asked for alone, after others, backwards, and from more threads: the same, all of it."""
     from sdxl_host.training.batches import Batch, Batches
@@ -201,10 +262,7 @@ def test_other_plugins_are_refused_by_name_and_allowed_when_asked_for(
     assert f"{there}; {here}; {order}; go on with its own by --config" in str(refused.value)
     assert (run / "checkpoints" / "latest").resolve().name == "step_00000002"
 
-    (old,) = site.folder.glob("fake_second-*.dist-info")
-    metadata = (old / "METADATA").read_text()
-    (old / "METADATA").write_text(metadata.replace("Version: 1.0", "Version: 1.1"))
-    old.rename(old.with_name(old.name.replace("1.0", "1.1")))
+    upgrade(site, "second")
     _, said = train(run, *changed, "--allow_changes=True")
     assert "note        second 1.0 there and 1.1 here" in said
     assert not any("mindspore" in line for line in said if line.startswith("note "))
@@ -221,6 +279,67 @@ def test_other_plugins_are_refused_by_name_and_allowed_when_asked_for(
         "third",
         "second",
     ]
+
+
+FREEZING = """
+from sdxl_host import hookimpl
+
+class Fake:
+    @hookimpl(wrapper=True)
+    def build_model(self):
+        model = yield
+        return model.with_network(lambda network: None, trainable=lambda name: {pick})
+"""
+
+
+def upgrade(site: Any, name: str) -> None:
+    """Makes the version 1.0 of a fake plugin's distribution 1.1."""
+    (old,) = site.folder.glob(f"fake_{name}-*.dist-info")
+    metadata = (old / "METADATA").read_text()
+    (old / "METADATA").write_text(metadata.replace("Version: 1.0", "Version: 1.1"))
+    old.rename(old.with_name(old.name.replace("1.0", "1.1")))
+
+
+def test_a_plugin_that_trains_other_parameters_is_refused_and_allowed_when_asked_for(
+    train: Train, site: Any, tmp_path: Path
+) -> None:
+    """With the same options, in another version; what is trained by both keeps its state."""
+    module = site.add("freezing", source=FREEZING.format(pick="'.out.' in name"))
+    words = ["--plugins=freezing", "--use_ema=True"]
+    run, _ = train(tmp_path / "run", *words, "--total_step=2")
+    checkpoint = run / "checkpoints" / "step_00000002"
+    kept = load_file(checkpoint / "optimizer.safetensors")
+    pick = "'.out.2.weight' in name or '.time_embed.' in name"
+    (site.folder / f"{module}.py").write_text(FREEZING.format(pick=pick))
+    sys.modules.pop(module)
+    words += ["--total_step=3", "--resume=latest"]
+    copy, other = (copied(run, tmp_path / name, 2) for name in ("copy", "other"))
+    told = (
+        "--resume {}: other parameters were trained than this run trains: "
+        "adam_m.time_embed.0.weight is missing there and of shape (128, 32) here; and 20 more; go "
+        "on with {}, or with these by --allow_changes True"
+    )
+    with pytest.raises(ConfigError) as refused:
+        train(run, *words)
+    assert str(refused.value) == told.format(checkpoint, "the plugins as they were")
+    upgrade(site, "freezing")
+    with pytest.raises(ConfigError) as refused:
+        train(tmp_path / "copy", *words)
+    assert str(refused.value) == told.format(copy, "freezing 1.0 in place of 1.1")
+    trainer, said = resumed(other.parents[1], *words, "--allow_changes=True")
+    assert [line[12:] for line in said if line.startswith("changed ")] == [
+        "adam_m.time_embed.0.weight, adam_m.time_embed.0.bias and 6 more of the optimizer's arrays "
+        "begin anew",
+        "adam_m.out.0.beta, adam_m.out.0.gamma and 4 more of the optimizer's arrays are left out",
+        "the moving average of {0}time_embed.0.weight, {0}time_embed.0.bias and 2 more begins with "
+        "these weights".format("model.diffusion_model."),
+        "the moving average of {0}out.0.bias, {0}out.0.weight and {0}out.2.bias is left out".format(
+            "model.diffusion_model."
+        ),
+    ]
+    state, stays = trainer.cell.state(), [f"adam_{x}.out.2.weight" for x in "mv"]
+    assert all(state[name].tobytes() == kept[name].tobytes() for name in [*stays, "applied"])
+    assert not any(state[name].any() for name in state if ".time_embed." in name)
 
 
 # ---- settings
@@ -299,6 +418,23 @@ def test_a_run_may_not_have_another_length_where_that_changes_rates(
     monkeypatch.setattr(LinearScheduler, "factors", falls_at_the_end)
     (other,) = differences(checkpoint, *longer)
     assert "so that the learning rate of update 10 is 0.00045 there and 0.0009 here" in other
+
+
+def test_the_same_weights_may_be_written_otherwise(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which they were given, because a later one goes before."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--plugins=none", "--total_step=10"]
+
+    def began(settings: str) -> str:
+        return settings.replace("  weight: ''", "  weight: base,lora")
+
+    checkpoint = saved(*words, edit=began)
+    assert differences(checkpoint, *words, f"--weight=./base, {tmp_path}/x/../lora") == []
+    for others in ("lora,base", "base", "base,lora,lora"):
+        with pytest.raises(ConfigError, match="began with base,lora; leave --weight out"):
+            differences(checkpoint, *words, f"--weight={others}")
 
 
 def test_averages_of_a_run_do_not_follow_its_length() -> None:
@@ -386,7 +522,9 @@ def test_a_run_is_told_to_go_on_only_where_steps_are_left(tmp_path: Path) -> Non
 # ---- runs that began with weights
 
 
-def test_a_run_that_began_with_weights_goes_on_without_them(train: Train, tmp_path: Path) -> None:
+def test_a_run_that_began_with_weights_goes_on_without_them(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are in the checkpoint, so neither the flag nor the file is needed again; another one
     contradicts."""
     words = ["--plugins=none", "--total_step=3"]
@@ -404,7 +542,10 @@ def test_a_run_that_began_with_weights_goes_on_without_them(train: Train, tmp_pa
     with pytest.raises(ConfigError, match=r"the run began with untrained weights; leave --weight"):
         train(base, "--plugins=none", "--total_step=3", "--resume=latest", f"--weight={weight}")
 
-    again, _ = train(tmp_path / "again", *words, "--resume=latest", f"--weight={weight}")
+    # The same file, however it is written.
+    monkeypatch.chdir(base)
+    same = "--weight=./checkpoints/latest"
+    again, _ = train(tmp_path / "again", *words, "--resume=latest", same)
     assert_same_run(run, again, ("network", "optimizer"))
     shutil.rmtree(base)
     part, said = train(tmp_path / "part", *words, "--resume=latest")
@@ -423,6 +564,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
     partial = tmp_path / "run" / "checkpoints" / ".partial-step_00000001"
     partial.mkdir(parents=True)
     (partial / "network.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "config.yaml").write_text("train: {}\n")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
     run, _ = train(tmp_path / "run", "--plugins=none", "--total_step=1")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step_00000001"]

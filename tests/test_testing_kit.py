@@ -376,7 +376,8 @@ def test_notes_that_raise(subject):
     oak = (
         "class Fake:\n    @hookimpl\n    def on_step_end(self): pass\n    def notes(self): 1 / 0\n"
     )
-    assert "notes raised ZeroDivisionError" in fault(checks.check_notes, subject(oak))
+    told = "notes: oak: plugin oak (fake-oak 1.0) raised ZeroDivisionError"
+    assert told in fault(checks.check_notes, subject(oak))
 
 
 def test_a_model_of_a_narrow_range(subject):

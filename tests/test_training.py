@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -329,9 +330,30 @@ def test_resuming_another_run_is_refused_with_the_differences(train: Train, plai
         train("--resume", str(plain / "checkpoints/latest"), "data.total_step=9", "--plugins=snr")
 
 
-def test_a_finished_run_says_how_to_go_on(train: Train, plain: Path) -> None:
-    with pytest.raises(ConfigError, match="already made; set it higher"):
-        train("--resume", str(plain / "checkpoints" / "latest"))
+def test_a_run_that_was_killed_after_its_last_step_is_finished(
+    train: Train, tmp_path: Path
+) -> None:
+    """Older checkpoints are removed and pictures drawn after the last one is saved."""
+    arguments = ["--save_path", str(tmp_path), "--save_path_with_time=False"]
+    arguments += ["--save_ckpt_interval=1", "--log_interval=2"]
+    run = train(*arguments)
+
+    def files() -> dict[Path, bytes]:
+        return {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.suffix != ".yaml"}
+
+    whole = files()
+    oldest = run / "checkpoints" / "step_00000001"
+    shutil.rmtree(run / "samples")
+    assert train(*arguments, "--resume", "latest", "--max_num_ckpt=2") == run
+    assert files() == {
+        file: content for file, content in whole.items() if oldest not in file.parents
+    }
+    assert not oldest.exists()
+
+
+def test_fewer_steps_than_are_made_are_refused(train: Train, plain: Path) -> None:
+    with pytest.raises(ConfigError, match="3 steps are already made; set it higher than 3"):
+        train("--resume", str(plain / "checkpoints" / "latest"), "data.total_step=2")
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(train: Train, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def save_grid(path: Path, pixels: np.ndarray, captions: Sequence[str]) -> None:
-    """Writes pictures (B, 3, H, W) in [-1, 1] as a PNG, each above its caption."""
+    """Writes pictures (B, 3, H, W) in [-1, 1] as a PNG, each above its caption; whole or not at
+    all."""
     pictures = [Image.fromarray(picture) for picture in to_bytes(pixels)]
     factor = max(1, -(-_SMALLEST // pictures[0].width))
     width, height = pictures[0].width * factor, pictures[0].height * factor
@@ -40,4 +42,6 @@ def save_grid(path: Path, pixels: np.ndarray, captions: Sequence[str]) -> None:
         for row, line in enumerate(text):
             draw.text((left, top + height + row * _LINE), line, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    aside = path.with_name(f".{path.name}.partial")
+    grid.save(aside, format="PNG")
+    os.replace(aside, path)

@@ -1,7 +1,8 @@
 """Compiled graphs kept on the disk, so that the next start of the same run compiles nothing.
 
 MindSpore does not see that a Python attribute has changed since a graph was kept: it would compute
-with the old one. So each folder of graphs belongs to one set of settings, sources and versions.
+with the old one. So each folder of graphs belongs to one set of settings, workers, sources and
+versions.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ def use_compile_cache(config: RunConfig) -> None:
 
 
 def cache_folder(config: RunConfig) -> str:
-    """A name that differs wherever a graph might: by settings, sources and versions."""
+    """A name that differs wherever a graph might: by settings, workers, sources and versions."""
     tree = config.tree.copy()
     OmegaConf.set_readonly(tree, False)
     for name in _NO_MATTER:
         del tree.train[name]
     digest = hashlib.sha256(OmegaConf.to_yaml(tree).encode("utf-8"))
+    # The step divides by their number and exchanges with them.
+    workers = os.environ.get("MS_WORKER_NUM", "") if config.train.is_parallel else ""
+    digest.update(f"{workers} workers".encode())
     modules = ["sdxl_host", *(plugin.installed.module for plugin in config.plugins)]
     for file in _sources(modules):
         digest.update(file.read_bytes())

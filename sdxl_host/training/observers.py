@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sdxl_host.disk import sync
 from sdxl_host.errors import DataError, HostError
 from sdxl_host.settings import TrainSettings
-from sdxl_host.training.checkpoint import remove_older
+from sdxl_host.training.checkpoint import CHECKPOINTS, remove_older
 from sdxl_host.training.result import StepResult
 
 if TYPE_CHECKING:
@@ -101,12 +101,13 @@ class Metrics:
     checkpoint's lines are on the disk before it is.
     """
 
-    def __init__(self, path: Path, interval: int, resumed_step: int) -> None:
+    def __init__(self, path: Path, interval: int, resumed_step: int, total: int) -> None:
         self._interval = interval
         kept = []
         try:
             if resumed_step and path.is_file():
-                last = resumed_step - 1 if resumed_step % interval else resumed_step
+                is_kept = resumed_step % interval == 0 or resumed_step == total
+                last = resumed_step if is_kept else resumed_step - 1
                 lines = path.read_text("utf-8").splitlines()
                 kept = [line for line in lines if _step_of(line) in range(1, last + 1)]
             aside = path.with_name(f".{path.name}.partial")
@@ -242,27 +243,40 @@ class Grids:
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Draws now, if it is time."""
-        settings = self._settings
-        due = settings.sample_interval and result.step % settings.sample_interval == 0
+        interval = self._settings.sample_interval
+        due = interval and result.step % interval == 0
         if (due or trainer.is_last) and not trainer.is_interrupted:
-            from sdxl_host.sampling.grid import save_grid
-            from sdxl_host.sampling.samplers import own_if_auto
+            self._draw(trainer, self._file(trainer))
 
-            with trainer.averaged():
-                pixels = self._sampler().draw(
-                    self._prompts,
-                    settings.sample_steps,
-                    settings.guidance_scale,
-                    settings.seed,
-                    negative_prompt=settings.negative_prompt or None,
-                    sampler=own_if_auto(settings.sampler),
-                    spacing=own_if_auto(settings.spacing),
-                )
-            self.last = trainer.save_path / "samples" / f"step_{result.step:08d}.png"
-            try:
-                save_grid(self.last, pixels, self._prompts)
-            except OSError as error:
-                raise _unwritable(self.last, error) from error
+    def finish(self, trainer: Trainer) -> None:
+        """Draws the last grid, if a run that made its last step ended before that."""
+        self.last = self._file(trainer)
+        if not self.last.is_file():
+            self._draw(trainer, self.last)
+
+    def _file(self, trainer: Trainer) -> Path:
+        return trainer.save_path / "samples" / f"step_{trainer.step:08d}.png"
+
+    def _draw(self, trainer: Trainer, file: Path) -> None:
+        from sdxl_host.sampling.grid import save_grid
+        from sdxl_host.sampling.samplers import own_if_auto
+
+        settings = self._settings
+        with trainer.averaged():
+            pixels = self._sampler().draw(
+                self._prompts,
+                settings.sample_steps,
+                settings.guidance_scale,
+                settings.seed,
+                negative_prompt=settings.negative_prompt or None,
+                sampler=own_if_auto(settings.sampler),
+                spacing=own_if_auto(settings.spacing),
+            )
+        try:
+            save_grid(file, pixels, self._prompts)
+        except OSError as error:
+            raise _unwritable(file, error) from error
+        self.last = file
 
     def close(self) -> None:
         """Nothing is held."""
@@ -278,9 +292,16 @@ class Checkpoints:
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Saves now, if it is time."""
         if _is_saved(trainer, result):
-            self.last = trainer.save()
-            if self._kept:
-                remove_older(self.last.parent, self._kept)
+            self._rotate(trainer.save())
+
+    def finish(self, trainer: Trainer) -> None:
+        """Removes older ones, if a run that made its last step ended before that."""
+        self._rotate(trainer.save_path / CHECKPOINTS / f"step_{trainer.step:08d}")
+
+    def _rotate(self, newest: Path) -> None:
+        self.last = newest
+        if self._kept:
+            remove_older(newest.parent, self._kept)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -53,6 +53,15 @@ class Optimizer:
                 f"eps must be above 0 and weight_decay at least 0, not {eps} and {weight_decay}"
             )
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
+        # The first update's is the smallest. Subnormal numbers may be 0 to a kernel, and what has
+        # no gradient would be 0 / 0.
+        damping = float(self._corrections(np.ones(1))[1][0])
+        least = float(np.finfo(np.float32).tiny)
+        if not np.float32(eps * damping) >= least:
+            raise ValueError(
+                f"eps must be at least {least:.3g} in float32 at every update, and {eps} is "
+                f"{eps * damping:.3g} at the first"
+            )
 
     def table(self, rates: np.ndarray) -> np.ndarray:
         """(updates, 4) float32: learning rate, then the kernel's rate, epsilon and decay."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sdxl_host.training.trainer import Trainer
 
 __all__ = [
-    "COMPILING",
+    "compiling",
     "compute_lines",
     "digest",
     "end_lines",
@@ -35,10 +35,6 @@ __all__ = [
     "samples_of",
     "start_lines",
 ]
-
-COMPILING = (
-    "compiling the training step; this takes up to a minute, on Ascend at full size many, once"
-)
 
 
 def plugin_list(config: RunConfig) -> list[dict[str, str]]:
@@ -160,6 +156,8 @@ def start_lines(
     if checkpoint is not None:
         lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
         lines += [f"changed     {line}" for line in changes]
+        if checkpoint.step == trainer.total_steps:
+            lines.append("finished    no step is left; --total_step N with a higher N goes on")
     notes = [*config.notices, *trainer.plugin_notes, *optimizer.notes()]
     if checkpoint is not None:
         notes += _version_notes(checkpoint, plugin_list(config))
@@ -182,6 +180,13 @@ def _version_notes(checkpoint: Checkpoint, plugins: Sequence[Mapping[str, str]])
                 (now["name"], *(f"{p['distribution']} {p['version']}" for p in (then, now)))
             )
     return [f"{name} {there} there and {here} here" for name, there, here in pairs if there != here]
+
+
+def compiling(cache: str) -> str:
+    """What is said before the first step is compiled; cache: where graphs are kept, if they are."""
+    takes = "this takes up to a minute, on Ascend at full size many, once"
+    kept = f", unless {cache} has it" if cache else ""
+    return f"compiling the training step{kept}; {takes}"
 
 
 def end_lines(

@@ -34,6 +34,9 @@ __all__ = ["RunFolder", "find_checkpoint"]
 # runs hold a lock each.
 _LOCK = ".lock"
 
+# What a new run would write over. Where a run was at work, its lock stands beside them.
+_WRITTEN = ("config.yaml", "metrics.jsonl")
+
 # A resumed run must be the same run; only its length, where the steps of both lengths are the same,
 # and what is shown of it may change.
 _MAY_DIFFER = (
@@ -88,7 +91,7 @@ def find_checkpoint(
             f"{checkpoint.folder}: lies in no run's folder {CHECKPOINTS}, where a run could go on; "
             f"put it into one, or start a new run from it with --weight {checkpoint.folder}"
         )
-    if checkpoint.step >= config.data.total_step:
+    if checkpoint.step > config.data.total_step:
         raise ConfigError(
             f"data.total_step: is {config.data.total_step}, and {checkpoint.step} steps are "
             f"already made; set it higher than {checkpoint.step} to go on"
@@ -99,7 +102,7 @@ def find_checkpoint(
             f"{checkpoint.step}; give that, or leave the flag out"
         )
     started = started_from(config, checkpoint)
-    if settings.resume and settings.weight not in ("", started):
+    if settings.resume and settings.weight and _paths(settings.weight) != _paths(started):
         raise ConfigError(
             f"--resume {settings.resume} and --weight {settings.weight} contradict each other: the "
             f"run began with {started or 'untrained weights'}; leave --weight out"
@@ -158,6 +161,11 @@ def _named_folder(settings: TrainSettings) -> Path | None:
     return folder
 
 
+def _paths(weight: str) -> list[Path]:
+    """The files and folders that `train.weight` names, resolved."""
+    return [Path(path.strip()).expanduser().resolve() for path in weight.split(",") if path.strip()]
+
+
 class RunFolder:
     """A run's folder with its settings in it; a resumed run goes on in its own.
 
@@ -178,11 +186,8 @@ class RunFolder:
             folder = Path(config.train.save_path).expanduser()
             if config.train.save_path_with_time:
                 folder = _timed(folder)
-            elif any(folder.glob("checkpoints/step_*")):
-                raise DataError(
-                    f"{folder}: already holds a run; choose another --save_path, or continue it "
-                    "with --resume latest"
-                )
+            else:
+                _refuse_used(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 - see release
@@ -207,6 +212,26 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _refuse_used(folder: Path) -> None:
+    """Raises DataError where a new run would write over what is kept in its folder."""
+    checkpoints = sorted(folder.glob(f"{CHECKPOINTS}/step_*"))
+    if checkpoints:
+        last = checkpoints[-1]
+        more = "or continue it with --resume latest"
+        if not (last / OPTIMIZER_FILE).is_file():
+            more = f"with --weight {last} to start from its weights"
+        raise DataError(f"{folder}: already holds a run; choose another --save_path, {more}")
+    # A run that was killed before its first checkpoint begins again.
+    if (folder / _LOCK).exists():
+        return
+    for name in _WRITTEN:
+        if (folder / name).is_file():
+            raise DataError(
+                f"{folder / name}: a new run would write over it; choose another --save_path, or "
+                "move it away"
+            )
 
 
 def started_from(config: RunConfig, checkpoint: Checkpoint | None) -> str:

@@ -1,7 +1,8 @@
 """Data sink: many steps in one call, fed from a queue on the device.
 
 The host fills the queue's columns step by step, hooks included, and reads what the steps gave from
-rings that they leave behind, because `ms.data_sink` answers with the last step's output alone.
+rings that they leave behind, because `ms.data_sink` answers with the last step's output alone. The
+learning rate is no column: the step looks it up by the updates that it has applied.
 """
 
 from __future__ import annotations

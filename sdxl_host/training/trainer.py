@@ -136,7 +136,7 @@ class Trainer:
         self.states_ahead: dict[str, Any] = {}
         self.step = 0
         if checkpoint is not None:
-            changes += snapshot.give_back(self, checkpoint, is_lenient=bool(changes))
+            changes += snapshot.give_back(self, checkpoint, is_lenient=settings.allow_changes)
         self._feed = partial(
             sink.device_queue, queue_size=settings.sink_queue_size, jit_level=settings.jit_level
         )
@@ -161,27 +161,34 @@ class Trainer:
         grids = Grids(self.sampler, self._grid_prompts(), settings)
         checkpoints = Checkpoints(settings.max_num_ckpt)
         if self.is_main:
-            metrics = Metrics(self.save_path / "metrics.jsonl", settings.log_interval, self.step)
+            file = self.save_path / "metrics.jsonl"
+            metrics = Metrics(file, settings.log_interval, self.step, self.total_steps)
             progress = Progress(first, self.total_steps, self.batch_size, self._say)
             observers += [metrics, progress, checkpoints, grids]
         self.hooks.observe(observers)
+        first_stage = self.model.first_stage
+        side = self.dataset.target_size // first_stage.downsampling
         batches = Batches(
             self.dataset,
             Order(len(self.dataset), self.batch_size, seed, self.config.data.shuffle),
             self._inputs.places,
             seed,
-            self._latent_shape(),
+            (first_stage.channels, side, side),
             self.model.offset_noise_level,
-            self.model.first_stage.is_sampled,
+            first_stage.is_sampled,
             self.config.data.num_parallel_workers,
         )
-        if not self._eager:
-            self._say(report.COMPILING)
+        is_done = self.step == self.total_steps
+        if not self._eager and not is_done:
+            self._say(report.compiling(settings.compile_cache))
         started = time.monotonic()
         try:
             make = self._sunk_steps if settings.data_sink else self._steps
             with self._interruption, closing(make(batches)) as results:
-                for result in results:
+                if is_done and self.is_main:
+                    checkpoints.finish(self)
+                    grids.finish(self)
+                for result in () if is_done else results:
                     self.step = result.step
                     self.logged.clear()
                     self.hooks.on_step_end(self, result)
@@ -198,8 +205,9 @@ class Trainer:
         for line in report.end_lines(self, seconds, checkpoints.last, grids.last):
             self._say(line)
         # The launcher kills all workers when one ends with an error, rank 0 at its saving too.
-        number = self._interruption.number if self.is_main else None
-        return 0 if number is None else 128 + number
+        number = self._interruption.number
+        is_told = self.is_main and self.is_interrupted and number is not None
+        return 128 + number if is_told else 0
 
     def _steps(self, batches: Batches) -> Generator[StepResult, None, None]:
         """Makes one step after the other. The next batch is made while a step runs; the hooks of a
@@ -284,11 +292,6 @@ class Trainer:
         return save_checkpoint(self.save_path / "checkpoints", snapshot.take(self))
 
     # ---- the beginning
-
-    def _latent_shape(self) -> tuple[int, int, int]:
-        first_stage = self.model.first_stage
-        side = self.dataset.target_size // first_stage.downsampling
-        return first_stage.channels, side, side
 
     def _grid_prompts(self) -> list[str]:
         if self.config.train.sample_prompts:

@@ -19,7 +19,7 @@ from sdxl_host.weights.check import compare_shapes
 if TYPE_CHECKING:
     from sdxl_host.weights.tensors import Source
 
-__all__ = ["assign", "load", "read", "write"]
+__all__ = ["load", "read", "write"]
 
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -52,26 +52,13 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         os.fsync(file.fileno())
 
 
-def assign(
-    parameters: Mapping[str, Parameter], arrays: Mapping[str, np.ndarray], source: str
-) -> None:
-    """Sets every parameter from the array of its name.
-
-    Strict: every missing, unexpected or misshapen array is named in one DataError. Nothing is
-    changed unless all fit.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    compare_shapes(shapes, {name: array.shape for name, array in arrays.items()}, source)
-    for name, parameter in parameters.items():
-        parameter.set_data(Tensor(arrays[name].astype(np.float32)))
-
-
 def load(parameters: Mapping[str, Parameter], source: Source, parts: Sequence[str] = ("",)) -> None:
     """Sets every parameter from the source's tensor of its name, one tensor at a time.
 
     parts: what of the source to take, as beginnings of names such as `model.diffusion_model.`;
-    the rest is none of these parameters' business, nor is CLIP-L's constant `position_ids`. Strict
-    as `assign`; nothing is changed unless names and shapes fit.
+    the rest is none of these parameters' business, nor is CLIP-L's constant `position_ids`. Strict:
+    every missing, unexpected or misshapen one is named in one DataError; nothing is changed unless
+    all fit.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {

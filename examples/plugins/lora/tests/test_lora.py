@@ -269,8 +269,8 @@ def merged(base: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def networks(adapted: TinyRun, plain: tuple[TinyRun, Any]) -> tuple[Any, Any]:
     """The run's network with its adapters, and one without into which its file is merged."""
+    from mindspore import Tensor
     from sdxl_host.sampling.restore import restore_sampler
-    from sdxl_host.weights.files import assign
     from sdxl_host.weights.names import single_file_parameters
 
     first = restore_sampler(adapted.checkpoint)[0].model.network
@@ -278,7 +278,10 @@ def networks(adapted: TinyRun, plain: tuple[TinyRun, Any]) -> tuple[Any, Any]:
     weights = {n: a for n, a in adapted.weights().items() if not is_adapter(n)}
     changed = merged(weights, adapted.checkpoint / FILE)
     assert sum((changed[name] != weights[name]).any() for name in weights) == 32
-    assign(single_file_parameters(second, NETWORK), changed, FILE)
+    parameters = single_file_parameters(second, NETWORK)
+    assert parameters.keys() == changed.keys()
+    for name, parameter in parameters.items():
+        parameter.set_data(Tensor(changed[name]))
     return first, second
 
 
