@@ -73,7 +73,7 @@ def test_lines_that_are_kept_are_on_the_disk_before_the_others_are_gone(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", noting)
-    Metrics(file, 1, 3).close()
+    Metrics(file, 1, 3, 9).close()
     assert file.read_bytes() == kept
     assert synced[str(tmp_path)] == b"metrics.jsonl"
 

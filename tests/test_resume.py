@@ -489,7 +489,7 @@ def test_the_last_line_of_a_shorter_run_is_not_in_a_longer_one(
     file = tmp_path / "metrics.jsonl"
     steps = [step for step in range(1, 7) if step % interval == 0 or step == 5]
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
-    Metrics(file, interval, 5).close()
+    Metrics(file, interval, 5, 9).close()
     left = [json.loads(line)["step"] for line in file.read_text().splitlines()]
     assert left == [step for step in range(1, 6) if step % interval == 0]
     assert max([0, *left]) == kept
