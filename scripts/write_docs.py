@@ -31,9 +31,9 @@ from packaging.specifiers import SpecifierSet
 
 from sdxl_host.cli import main as command_line
 from sdxl_host.errors import PluginError
-from sdxl_host.hooks import implementations
 from sdxl_host.hookspecs import HOOKS, hookimpl
 from sdxl_host.host import Defaults
+from sdxl_host.implementations import implementations
 from sdxl_host.options import describe
 from sdxl_host.plugins import Installed, find, fitting, import_class
 from sdxl_host.settings import FLAG_HOMES, NOT_YET, SCHEMAS

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["ConfigError", "DataError", "HostError", "PluginError", "did_you_mean", "one_line"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "HostError",
+    "PluginError",
+    "did_you_mean",
+    "in_brief",
+    "one_line",
+]
 
 
 class HostError(Exception):
@@ -28,6 +36,12 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """' (did you mean X?)' for the candidate nearest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def in_brief(faults: Sequence[str], most: int) -> str:
+    """`a; b; and 3 more`: the first `most` of them, and how many there are besides."""
+    left = len(faults) - most
+    return "; ".join(faults[:most]) + (f"; and {left} more" if left > 0 else "")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Plugins at work: what may be registered, and each hook's call with its result checked.
+"""Plugins at work: each hook's call, with its result checked.
 
 Composition is pluggy's own (see `hookspecs`). Beside it stands a guard after each link of a chain:
 it attributes an error, or a wrong result, to the plugin it came from.
@@ -6,7 +6,6 @@ it attributes an error, or a wrong result, to the plugin it came from.
 
 from __future__ import annotations
 
-import dis
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,28 +16,15 @@ from typing import Any
 import pluggy
 
 from sdxl_host import hookspecs
-from sdxl_host.errors import HostError, PluginError, did_you_mean
+from sdxl_host.answers import CHECKS
+from sdxl_host.errors import HostError, PluginError
 from sdxl_host.hookspecs import HOOKS, PROJECT, hookimpl
+from sdxl_host.implementations import Implementation, implementations
 from sdxl_host.plugins import Installed
 
-__all__ = ["Hooks", "Implementation", "Plugin", "implementations"]
+__all__ = ["Hooks", "Plugin"]
 
 _CLAIMABLE = tuple(hook for hook in HOOKS if hook != "on_step_end")
-_REFUSED_OPTIONS = {
-    "tryfirst": "the order is that of --plugins",
-    "trylast": "the order is that of --plugins",
-    "optionalhook": "a misspelt hook must be an error",
-    "specname": "a method must have the hook's own name",
-    "hookwrapper": "use wrapper=True, which returns its result",
-}
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One hook of a plugin, and what it does there: claims, adapts or observes."""
-
-    hook: str
-    role: str
 
 
 @dataclass(frozen=True)
@@ -56,90 +42,6 @@ class Plugin:
 
 class _Attributed(PluginError):
     """Already says which plugin it came from."""
-
-
-def implementations(plugin: Installed, cls: type) -> list[Implementation]:
-    """The hooks of the class `cls`, in the order of `HOOKS`. Raises PluginError for what the
-    contract refuses."""
-    found: dict[str, Implementation] = {}
-    for name in dir(cls):
-        method = inspect.getattr_static(cls, name)
-        function = getattr(method, "__func__", method)
-        marked: dict[str, Any] | None = getattr(function, f"{PROJECT}_impl", None)
-        if marked is None:
-            if name in HOOKS and callable(function):
-                raise PluginError(
-                    f"plugin {plugin}: {name} has a hook's name but is not marked; "
-                    "put @hookimpl above it"
-                )
-            continue
-        _check_marked(plugin, name, function, marked)
-        role = "adapts" if marked["wrapper"] else "claims"
-        found[name] = Implementation(name, "observes" if name == "on_step_end" else role)
-    if not found:
-        raise PluginError(
-            f"plugin {plugin} implements no hook; mark at least one of {', '.join(HOOKS)} "
-            "with @hookimpl"
-        )
-    for one, other in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
-        if hasattr(cls, one) and not hasattr(cls, other):
-            raise PluginError(f"plugin {plugin} has {one} but no {other}; it needs both or neither")
-    return [found[hook] for hook in HOOKS if hook in found]
-
-
-def _check_marked(plugin: Installed, name: str, function: Any, marked: dict[str, Any]) -> None:
-    for option, remedy in _REFUSED_OPTIONS.items():
-        if marked.get(option):
-            raise PluginError(
-                f"plugin {plugin}: {name} uses @hookimpl({option}=...), which is refused; {remedy}"
-            )
-    if name not in HOOKS:
-        raise PluginError(
-            f"plugin {plugin}: there is no hook named {name}{did_you_mean(name, HOOKS)} "
-            f"(hooks: {', '.join(HOOKS)})"
-        )
-    specified = inspect.signature(getattr(hookspecs, name)).parameters
-    for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        if parameter.default is not inspect.Parameter.empty:
-            raise PluginError(
-                f"plugin {plugin}: {name} gives the parameter {parameter.name} a default, so it "
-                "would never be passed; remove the default"
-            )
-        if parameter.name not in specified:
-            raise PluginError(
-                f"plugin {plugin}: {name} has no argument {parameter.name}"
-                f"{did_you_mean(parameter.name, specified)} (arguments: {', '.join(specified)})"
-            )
-    generator = inspect.isgeneratorfunction(function)
-    if name == "on_step_end" and (marked["wrapper"] or generator):
-        raise PluginError(f"plugin {plugin}: on_step_end observes; it can't be a wrapper")
-    if marked["wrapper"] and not generator:
-        raise PluginError(
-            f"plugin {plugin}: {name} is a wrapper without `result = yield`; add it, or remove "
-            "wrapper=True"
-        )
-    if generator and not marked["wrapper"]:
-        raise PluginError(
-            f"plugin {plugin}: {name} has a yield but is no wrapper; use @hookimpl(wrapper=True)"
-        )
-    if marked["wrapper"] and not _returns_something(function):
-        raise PluginError(
-            f"plugin {plugin}: {name} is a wrapper that returns nothing; end it with "
-            "`return result`"
-        )
-
-
-def _returns_something(function: Any) -> bool:
-    """Whether any return statement of the function gives a value other than a bare None."""
-    previous: dis.Instruction | None = None
-    for instruction in dis.get_instructions(function):
-        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
-            return True
-        bare = previous is not None and previous.opname == "LOAD_CONST" and previous.argval is None
-        if instruction.opname == "RETURN_VALUE" and not bare:
-            return True
-        previous = instruction
-    return False
 
 
 class Hooks:
@@ -335,7 +237,8 @@ class Hooks:
 
             def check(result: Any, **arguments: Any) -> Any:
                 try:
-                    return getattr(self, f"_check_{hook}")(result, source(), **arguments)
+                    checked = CHECKS[hook](result, **arguments)
+                    return self._taken_over(checked, source()) if hook == "build_model" else checked
                 except (TypeError, ValueError) as error:
                     self._blame(source(), hook, error, "returned")
                     raise
@@ -390,14 +293,9 @@ class Hooks:
             changes.append(replace(change, **{n: guarded(n, part) for n, part in given.items()}))
         return replace(model, changes=tuple(changes)) if changes else model
 
-    # ---- checks of what came back
-
-    def _check_build_model(self, result: Any, source: str, config: Any) -> Any:
-        from sdxl_host.diffusion.preconditioning import Preconditioning
-        from sdxl_host.model import DiffusionModel
-
-        _expect(result, DiffusionModel)
-        _expect(result.preconditioning, Preconditioning)
+    def _taken_over(self, result: Any, source: str) -> Any:
+        """The model that `source` answered. Raises PluginError where it is the second to replace
+        the preconditioning."""
         if self._preconditioning is None:
             self._preconditioning = result.preconditioning
             self._preconditioning_owner = None if source == "host" else source
@@ -410,69 +308,6 @@ class Hooks:
             self._preconditioning = result.preconditioning
             self._preconditioning_owner = source
         return self._attributed(result, source)
-
-    def _check_sample_timesteps(self, result: Any, source: str, model: Any, step: int) -> Any:
-        from sdxl_host.diffusion.distributions import Distribution
-
-        return _expect(result, Distribution)
-
-    def _check_weight_loss(
-        self, result: Any, source: str, model: Any, noise: Any, step: int
-    ) -> Any:
-        import numpy as np
-
-        _expect(result, np.ndarray)
-        weights = result.astype(np.float64)
-        if weights.shape != noise.sigma.shape:
-            raise ValueError(f"an array of shape {weights.shape}, not {noise.sigma.shape}")
-        for fault, where in (
-            ("weights that are not finite", ~np.isfinite(weights)),
-            ("negative weights", weights < 0),
-        ):
-            if where.any():
-                first = int(where.argmax())
-                raise ValueError(f"{fault} ({weights[first]:g} at sigma {noise.sigma[first]:.4g})")
-        return weights
-
-    def _check_encode_prompt(self, result: Any, source: str, prompts: Any, encoders: Any) -> Any:
-        import numpy as np
-
-        from sdxl_host.prompts import PromptEmbedding
-
-        _expect(result, PromptEmbedding)
-        for name in ("context", "pooled", "mask"):
-            array = getattr(result, name)
-            if not isinstance(array, np.ndarray) and not (name == "mask" and array is None):
-                given = "None" if array is None else f"a {type(array).__name__}"
-                raise TypeError(f"a {name} that is {given}, not an array")
-        count = len(prompts)
-        length = result.context.shape[1] if result.context.ndim > 1 else 77
-        context = (count, length, sum(encoder.width for encoder in encoders))
-        pooled = (count, sum(encoder.pooled_width for encoder in encoders))
-        for name, array, shape in (
-            ("context", result.context, context),
-            ("pooled", result.pooled, pooled),
-        ):
-            if array.shape != shape:
-                raise ValueError(f"a {name} of shape {array.shape}, not {shape}")
-            if not np.isfinite(array).all():
-                raise ValueError(f"a {name} that is not finite")
-        if result.mask is not None:
-            if result.mask.shape != context[:2] or result.mask.dtype != bool:
-                raise ValueError(
-                    f"a mask of shape {result.mask.shape} and type {result.mask.dtype}, not "
-                    f"{context[:2]} and bool"
-                )
-            if not result.mask.any(axis=1).all():
-                raise ValueError("a mask with a row that attends nothing")
-        return result
-
-
-def _expect(result: Any, kind: type) -> Any:
-    if not isinstance(result, kind):
-        given = "None" if result is None else f"a {type(result).__name__}"
-        raise TypeError(f"{given}, not a {kind.__name__}")
-    return result
 
 
 # One wrapper a hook, because pluggy passes arguments by the names in the signature. Each awaits

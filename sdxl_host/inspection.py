@@ -16,7 +16,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from sdxl_host.errors import HostError, PluginError, one_line
-from sdxl_host.hooks import implementations
+from sdxl_host.implementations import implementations
 from sdxl_host.options import build_options, describe, first_line
 from sdxl_host.plugins import Installed, fitting, timed_import
 from sdxl_host.processes import run_child, tell

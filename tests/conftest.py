@@ -28,6 +28,12 @@ os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Where tests run beside each other each process has a core of its own: MindSpore's threads wait for
+# work by spinning, and those of two processes on the same cores make both take twice the time.
+if (_WORKER := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    _CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix("gw")) % len(_CORES)]})
+
 _COUNTER = itertools.count()
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parents[1]
@@ -137,11 +143,21 @@ def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.create(folder, with_pip=True)
     programs = folder / "bin"
-    command = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
+    # What is not compiled beforehand is compiled when it is imported, and most of it never is.
+    command = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
     subprocess.run(
         [*command, "--find-links", str(dist), "sdxl-host[edm,snr]"], check=True, timeout=900
     )
     return programs
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 import sdxl_host
-from sdxl_host import cli, hooks, hookspecs, inspection, plugins
+from sdxl_host import cli, hookspecs, implementations, inspection, plugins
 from sdxl_host.errors import PluginError
 from sdxl_host.options import describe
 from sdxl_host.settings import FLAG_HOMES, NOT_YET, SCHEMAS
@@ -319,8 +319,10 @@ def line_of(error: PluginError) -> int:
 
 def test_every_refusal_of_a_class_is_quoted():
     quoted = {line_of(write_docs.refusal_of_class(cls)) for cls in write_docs.CLASSES.values()}
-    assert quoted == raised_in(hooks.implementations) | raised_in(hooks._check_marked)
-    for option in hooks._REFUSED_OPTIONS:
+    assert quoted == raised_in(implementations.implementations) | raised_in(
+        implementations._check_marked
+    )
+    for option in implementations._REFUSED_OPTIONS:
         assert any(f"({option}=" in what for what in write_docs.CLASSES)
 
 

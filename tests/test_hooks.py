@@ -16,8 +16,9 @@ from sdxl_host.diffusion.objective import Noise
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
 from sdxl_host.diffusion.schedule import Schedule
 from sdxl_host.errors import ConfigError, PluginError
-from sdxl_host.hooks import Hooks, Implementation, Plugin, implementations
+from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.hookspecs import HOOKS, hookimpl
+from sdxl_host.implementations import Implementation, implementations
 from sdxl_host.model import DiffusionModel, Lazy, Sampling
 from sdxl_host.plugins import Installed
 from sdxl_host.prompts import Encoders, PromptEmbedding

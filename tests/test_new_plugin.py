@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 import sdxl_host
 from sdxl_host.cli import main
 from sdxl_host.commands import new_plugin as command
-from sdxl_host.hooks import implementations
 from sdxl_host.hookspecs import HOOKS
+from sdxl_host.implementations import implementations
 from sdxl_host.options import build_options, describe
 from sdxl_host.plugins import GROUP, Installed
 from sdxl_host.version import __version__
@@ -51,15 +51,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
     for name, hooks in HOOKS_OF.items():
         assert main(["new-plugin", name, "--hooks", ",".join(hooks), "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
     return folder
 
 

@@ -34,15 +34,6 @@ SDXL = "configs/training/sd_xl_base_finetune_910b.yaml"
 FILES = ["config.yaml", "curves.csv", "curves.png"]
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to be in."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def plan(*words: str) -> int:
     return main(["plan", "--config", TINY, *words])
 

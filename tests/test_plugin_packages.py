@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_host.hooks import implementations
+from sdxl_host.implementations import implementations
 from sdxl_host.options import describe
 from sdxl_host.plugins import GROUP, Installed, fitting
 

@@ -148,8 +148,11 @@ def check_determinism(runs: Runs) -> None:
 
 def check_resume(runs: Runs) -> None:
     """A run that stopped in the middle and was resumed: equal to the bit to one that was not."""
+    # Late: it imports MindSpore.
+    from sdxl_host.training.checkpoint import checkpoint_folder
+
     subject, whole = runs.subject, runs.whole
-    checkpoint = whole.save_path / "checkpoints" / f"step_{runs.middle:08d}"
+    checkpoint = checkpoint_folder(whole.checkpoint.parent, runs.middle)
     if not checkpoint.is_dir():
         raise subject.fault(
             f"it stops a run of {subject.steps} steps before step {runs.middle}",

@@ -13,8 +13,9 @@ import numpy as np
 
 from sdxl_host.config import RunConfig
 from sdxl_host.errors import HostError, PluginError, did_you_mean
-from sdxl_host.hooks import Hooks, Plugin, implementations
+from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.host import Defaults
+from sdxl_host.implementations import implementations
 from sdxl_host.inspection import check_metadata
 from sdxl_host.model import DiffusionModel
 from sdxl_host.options import build_options, first_line

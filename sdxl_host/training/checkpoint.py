@@ -14,11 +14,13 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import importlib_metadata
 import numpy as np
+from omegaconf import OmegaConf
 
 from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
 from sdxl_host.disk import sync, sync_tree, write_new
@@ -32,6 +34,7 @@ from sdxl_host.weights.tensors import open_safetensors
 __all__ = [
     "Checkpoint",
     "Contents",
+    "checkpoint_folder",
     "find_latest",
     "open_checkpoint",
     "package_versions",
@@ -71,6 +74,12 @@ class Checkpoint:
     def config_file(self) -> Path:
         """The settings of the run that wrote it."""
         return self.folder / CONFIG_FILE
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What that file says, by section and key."""
+        settings: Any = OmegaConf.to_container(OmegaConf.load(self.config_file))
+        return settings
 
     @property
     def is_resumable(self) -> bool:
@@ -122,14 +131,19 @@ class Contents:
     export: Callable[[Path], None] | None = None
 
 
+def checkpoint_folder(parent: Path, step: int) -> Path:
+    """`parent/step_NNNNNNNN`: where the checkpoint of a step is, or would be."""
+    return parent / f"step_{step:08d}"
+
+
 def save_checkpoint(parent: Path, contents: Contents) -> Path:
-    """Writes `parent/step_NNNNNNNN` and points `latest` at it; returns the folder.
+    """Writes the `checkpoint_folder` and points `latest` at it; returns the folder.
 
     Raises DataError when the disk refuses.
     """
     record = json.dumps(contents.record)
     metadata = {"format": "sdxl-host", "step": str(contents.step), "record": record}
-    folder = parent / f"step_{contents.step:08d}"
+    folder = checkpoint_folder(parent, contents.step)
     partial = parent / f"{_PARTIAL}{folder.name}"
     try:
         parent.mkdir(parents=True, exist_ok=True)

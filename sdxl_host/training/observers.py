@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sdxl_host.disk import sync
 from sdxl_host.errors import DataError, HostError
 from sdxl_host.settings import TrainSettings
-from sdxl_host.training.checkpoint import CHECKPOINTS, remove_older
+from sdxl_host.training.checkpoint import CHECKPOINTS, checkpoint_folder, remove_older
 from sdxl_host.training.result import StepResult
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class Checkpoints:
 
     def finish(self, trainer: Trainer) -> None:
         """Removes older ones, if a run that made its last step ended before that."""
-        self._rotate(trainer.save_path / CHECKPOINTS / f"step_{trainer.step:08d}")
+        self._rotate(checkpoint_folder(trainer.save_path / CHECKPOINTS, trainer.step))
 
     def _rotate(self, newest: Path) -> None:
         self.last = newest

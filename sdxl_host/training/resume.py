@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from sdxl_host.config import RunConfig
-from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.errors import ConfigError, DataError, in_brief
 from sdxl_host.options import describe
 from sdxl_host.settings import SCHEMAS, TrainSettings
 from sdxl_host.training.checkpoint import (
@@ -116,10 +117,9 @@ def find_checkpoint(
         if there[what] != here
     ]
     if differences and not settings.allow_changes:
-        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise ConfigError(
             f"--resume {checkpoint.folder}: its settings differ from this run's: "
-            f"{'; '.join(differences[:5])}{more}; go on with its own by --config "
+            f"{in_brief(differences, 5)}; go on with its own by --config "
             f"{checkpoint.config_file}, or with these by --allow_changes True"
         )
     return checkpoint, differences
@@ -238,7 +238,7 @@ def started_from(config: RunConfig, checkpoint: Checkpoint | None) -> str:
     """`train.weight` of the run, or of the one it continues: what it began with."""
     if checkpoint is None:
         return config.train.weight
-    return OmegaConf.load(checkpoint.config_file).train.weight
+    return checkpoint.settings["train"]["weight"]
 
 
 def settings_text(config: RunConfig, weight: str) -> str:
@@ -261,10 +261,10 @@ def _differences(saved: Any, mine: Any, key: str = "") -> Iterator[str]:
         yield f"{key} is {saved!r} there and {mine!r} here"
 
 
-def _saved_settings(checkpoint: Checkpoint, config: RunConfig) -> dict[Any, Any]:
+def _saved_settings(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
     """The checkpoint's settings; what was no setting yet when it was written has its default, which
     it would have too if they were loaded today."""
-    saved: Any = OmegaConf.to_container(OmegaConf.load(checkpoint.config_file))
+    saved = copy.deepcopy(checkpoint.settings)
     sections = [(saved[name], schema) for name, schema in SCHEMAS.items()]
     sections += [
         (saved["plugins"][plugin.installed.name], type(plugin.options))

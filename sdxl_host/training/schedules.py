@@ -216,6 +216,7 @@ class _Cycles(ABC):
             raise ValueError(f"{_name(self)}: f_min, f_max and f_start must be at least 0")
         self.warm_up_steps, self.cycle_lengths = warm_up_steps, cycle_lengths
         self.f_min, self.f_max, self.f_start = f_min, f_max, f_start
+        self._check_falls()
 
     def factors(self, updates: int) -> np.ndarray:
         ends = np.cumsum(np.asarray(self.cycle_lengths, np.float64))
@@ -237,6 +238,9 @@ class _Cycles(ABC):
         falling = low + (high - low) * self._left(n, warm_up, length)
         return np.where(n < warm_up, rising, falling)
 
+    def _check_falls(self) -> None:  # noqa: B027 - any cycle has room for a line
+        """Raises ValueError where a cycle leaves no room for its fall."""
+
     @abstractmethod
     def _left(self, n: np.ndarray, warm_up: np.ndarray, length: np.ndarray) -> np.ndarray:
         """What is left of the fall at n of a cycle, 0 at n = length."""
@@ -255,16 +259,9 @@ class LambdaLinearScheduler(_Cycles):
 class LambdaWarmUpCosineScheduler2(_Cycles):
     """Cycles whose fall is half a cosine from f_max, where the warm-up ends, to f_min."""
 
-    def __init__(
-        self,
-        warm_up_steps: Sequence[int],
-        f_min: Sequence[float],
-        f_max: Sequence[float],
-        f_start: Sequence[float],
-        cycle_lengths: Sequence[float],
-    ) -> None:
-        super().__init__(warm_up_steps, f_min, f_max, f_start, cycle_lengths)
-        if any(w >= length for w, length in zip(warm_up_steps, cycle_lengths, strict=True)):
+    def _check_falls(self) -> None:
+        cycles = zip(self.warm_up_steps, self.cycle_lengths, strict=True)
+        if any(warm_up >= length for warm_up, length in cycles):
             raise ValueError(f"{_name(self)}: each of warm_up_steps must be below its cycle_length")
 
     def _left(self, n: np.ndarray, warm_up: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from sdxl_host.assembly import AVERAGES_FILE
-from sdxl_host.errors import ConfigError
+from sdxl_host.errors import ConfigError, in_brief
 from sdxl_host.training.arrays import FetchedArrays
 from sdxl_host.training.checkpoint import OPTIMIZER_FILE, Checkpoint, Contents
 from sdxl_host.training.report import plugin_list, record
@@ -111,11 +111,10 @@ def _refusal(checkpoint: Checkpoint, config: RunConfig, differences: Sequence[st
         for plugin in checkpoint.plugins
         if now.get(plugin["name"], plugin["version"]) != plugin["version"]
     ]
-    more = f"; and {len(differences) - 1} more" if len(differences) > 1 else ""
     return ConfigError(
         f"--resume {checkpoint.folder}: other parameters were trained than this run trains: "
-        f"{differences[0]}{more}; go on with {', '.join(earlier) or 'the plugins as they were'}, "
-        "or with these by --allow_changes True"
+        f"{in_brief(differences, 1)}; go on with "
+        f"{', '.join(earlier) or 'the plugins as they were'}, or with these by --allow_changes True"
     )
 
 

@@ -24,7 +24,7 @@ from sdxl_host.sampling.sampler import Conditions, PictureSampler
 from sdxl_host.targets import build
 from sdxl_host.training import report, sink, snapshot
 from sdxl_host.training.batches import Batches
-from sdxl_host.training.checkpoint import save_checkpoint
+from sdxl_host.training.checkpoint import CHECKPOINTS, save_checkpoint
 from sdxl_host.training.inputs import Inputs
 from sdxl_host.training.interruption import Interruption
 from sdxl_host.training.observers import (
@@ -289,7 +289,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder."""
-        return save_checkpoint(self.save_path / "checkpoints", snapshot.take(self))
+        return save_checkpoint(self.save_path / CHECKPOINTS, snapshot.take(self))
 
     # ---- the beginning
 

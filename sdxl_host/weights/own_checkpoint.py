@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sdxl_host.errors import DataError
 from sdxl_host.weights.architecture import (
     NETWORK_PREFIX,
@@ -50,16 +48,16 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
     from sdxl_host.training.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
-    config: dict[str, Any] = yaml.safe_load(checkpoint.config_file.read_text("utf-8"))
+    model: dict[str, Any] = checkpoint.settings["model"]["params"]
     merged = over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
     described = f"{folder} (checkpoint of step {checkpoint.step})"
     if use_averages and (folder / AVERAGES_FILE).is_file():
         merged = over(merged, open_safetensors(folder / AVERAGES_FILE))
         described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
     found = without_extras(merged, described)
-    architecture = _architecture(found.shapes, config["model"]["params"])
+    architecture = _architecture(found.shapes, model)
     _refuse_additions(folder, checkpoint.record["hooks"]["build_model"], found.shapes, architecture)
-    options: Mapping[str, Any] = config.get("plugins") or {}
+    options: Mapping[str, Any] = checkpoint.settings.get("plugins") or {}
     plugins = [{**each, "options": options.get(each["name"], {})} for each in checkpoint.plugins]
     chain: str = checkpoint.record["hooks"]["encode_prompt"]
     prompts = {
@@ -76,7 +74,7 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
             PROMPTS: json.dumps(prompts),
             RESOLUTION: f"{width}x{height}",
             **({SCHEDULER: json.dumps(scheduler)} if scheduler else {}),
-            SCALE_FACTOR: str(config["model"]["params"].get("scale_factor", 1.0)),
+            SCALE_FACTOR: str(model.get("scale_factor", 1.0)),
         },
         architecture=architecture,
     )

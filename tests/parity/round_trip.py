@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # As the program sets them itself, where it is what imports MindSpore first.
 os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
@@ -29,6 +30,9 @@ from sdxl_host.prompts import PromptEmbedding
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.restore import restore_sampler
 from sdxl_host.sampling.samplers import noise_levels
+
+if TYPE_CHECKING:
+    from sdxl_host.model import DiffusionModel
 
 _EMBEDDERS = "model.params.conditioner_config.params.emb_models"
 # The packaged config of SDXL's base at the widths of make_pipeline.py.
@@ -84,6 +88,25 @@ def train(pipeline: Path, folder: Path, objective: str) -> Path:
     return folder / "checkpoints" / "latest"
 
 
+def unet_outputs(model: DiffusionModel, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Inputs of the U-Net, and what it makes of them."""
+    from mindspore import Tensor
+
+    time_ids = np.asarray([[64, 96, 0, 8, 64, 96], [512, 512, 3, 0, 256, 384]], np.float32)
+    arrays = {
+        "unet_x": _normal(generator, 2, 4, 8, 12),
+        "unet_timesteps": np.asarray([17.0, 801.0], np.float32),
+        "unet_context": _normal(generator, 2, 77, 96),
+        "unet_pooled": _normal(generator, 2, 64),
+        "unet_time_ids": time_ids,
+    }
+    told = PromptEmbedding(arrays["unet_context"], arrays["unet_pooled"])
+    sizes = dict(zip(model.conditioner.size_keys, np.split(time_ids, 3, axis=1), strict=True))
+    given = [arrays["unet_x"], arrays["unet_timesteps"], arrays["unet_context"]]
+    given += [model.conditioner.vector(told, sizes), np.ones((2, 77), np.float32)]
+    return {**arrays, "unet_out": model.network(*map(Tensor, given)).asnumpy()}
+
+
 def outputs(weights: Path) -> dict[str, np.ndarray]:
     """Inputs, and what the networks with these weights make of them."""
     from mindspore import Tensor
@@ -92,22 +115,9 @@ def outputs(weights: Path) -> dict[str, np.ndarray]:
     model = make_hooks(settings).build_model(settings.tree)
     make_parts(model, 0, open_weight(str(weights)))
     generator = np.random.default_rng(7)
-
-    def normal(*shape: int) -> np.ndarray:
-        return generator.standard_normal(shape).astype(np.float32)
-
-    time_ids = np.asarray([[64, 96, 0, 8, 64, 96], [512, 512, 3, 0, 256, 384]], np.float32)
-    arrays = {
-        "unet_x": normal(2, 4, 8, 12),
-        "unet_timesteps": np.asarray([17.0, 801.0], np.float32),
-        "unet_context": normal(2, 77, 96),
-        "unet_pooled": normal(2, 64),
-        "unet_time_ids": time_ids,
-        "vae_pixels": normal(1, 3, 64, 96),
-        "vae_z": normal(1, 4, 8, 12),
-    }
-    keys = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
-    sizes = {key: time_ids[:, 2 * i : 2 * i + 2] for i, key in enumerate(keys)}
+    arrays = unet_outputs(model, generator)
+    arrays["vae_pixels"] = _normal(generator, 1, 3, 64, 96)
+    arrays["vae_z"] = _normal(generator, 1, 4, 8, 12)
     prompts = ["", "a photo of a cat", "an owl on a red bicycle, " * 20]
     for number, encoder in enumerate(model.encoders, 1):
         rows = []
@@ -120,15 +130,14 @@ def outputs(weights: Path) -> dict[str, np.ndarray]:
         arrays |= {f"ids_{number}": ids, f"hidden_{number}": hidden}
         if pooled is not None:
             arrays[f"pooled_{number}"] = pooled
-    told = PromptEmbedding(arrays["unet_context"], arrays["unet_pooled"])
-    vector = model.conditioner.vector(told, sizes)
-    given = [arrays["unet_x"], arrays["unet_timesteps"], arrays["unet_context"], vector]
-    given.append(np.ones((2, 77), np.float32))
     cell = model.first_stage.cell
-    arrays["unet_out"] = model.network(*map(Tensor, given)).asnumpy()
     arrays["vae_moments"] = cell.moments(Tensor(arrays["vae_pixels"])).asnumpy()
     arrays["vae_decoded"] = cell.decode_latents(Tensor(arrays["vae_z"])).asnumpy()
     return arrays
+
+
+def _normal(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    return generator.standard_normal(shape).astype(np.float32)
 
 
 def sampled(checkpoint: Path) -> dict[str, np.ndarray]:

@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from round_trip import SETTINGS
+from round_trip import SETTINGS, unet_outputs
 from safetensors.numpy import load_file
 
 from sdxl_host.cli import main as command
 from sdxl_host.device import prepare_device
-from sdxl_host.prompts import PromptEmbedding
 from sdxl_host.sampling.restore import restore_sampler
 
 # A scale alpha / rank of 1.5, which a reader that leaves alpha out would not apply.
@@ -37,27 +36,8 @@ def train(pipeline: Path, folder: Path) -> Path:
 
 def outputs(checkpoint: Path) -> dict[str, np.ndarray]:
     """Inputs, and what the checkpoint's U-Net with its adapters makes of them."""
-    from mindspore import Tensor
-
     model = restore_sampler(checkpoint)[0].model
-    generator = np.random.default_rng(11)
-
-    def normal(*shape: int) -> np.ndarray:
-        return generator.standard_normal(shape).astype(np.float32)
-
-    time_ids = np.asarray([[64, 96, 0, 8, 64, 96], [512, 512, 3, 0, 256, 384]], np.float32)
-    arrays = {
-        "unet_x": normal(2, 4, 8, 12),
-        "unet_timesteps": np.asarray([17.0, 801.0], np.float32),
-        "unet_context": normal(2, 77, 96),
-        "unet_pooled": normal(2, 64),
-        "unet_time_ids": time_ids,
-    }
-    told = PromptEmbedding(arrays["unet_context"], arrays["unet_pooled"])
-    sizes = dict(zip(model.conditioner.size_keys, np.split(time_ids, 3, axis=1), strict=True))
-    given = [arrays["unet_x"], arrays["unet_timesteps"], arrays["unet_context"]]
-    given += [model.conditioner.vector(told, sizes), np.ones((2, 77), np.float32)]
-    return {**arrays, "unet_out": model.network(*map(Tensor, given)).asnumpy()}
+    return unet_outputs(model, np.random.default_rng(11))
 
 
 def main() -> int:
