@@ -116,6 +116,7 @@ def tiny_run(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     resume: Path | None = None,
     save_every: int = 1000,
+    flags: Sequence[str] = (),
     prepare: Callable[[Trainer], None] | None = None,
 ) -> TinyRun:
     """Trains configs/tiny.yaml for `steps` updates on the CPU, eagerly, in this process.
@@ -128,6 +129,7 @@ def tiny_run(
         resume: a checkpoint's folder; its run is copied into `folder` first and goes on there, so
             that the one it came from stays as it is.
         save_every: steps between checkpoints; the last step always has one.
+        flags: further arguments as for `sdxl-host train`, such as KEY=VALUE.
         prepare: called with the trainer before its first step.
 
     Raises HostError as `sdxl-host train` does.
@@ -140,6 +142,7 @@ def tiny_run(
         options=options,
         resume=resume,
         save_every=save_every,
+        flags=flags,
         prepare=prepare,
     )
 
@@ -153,6 +156,7 @@ def train_tiny(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     resume: Path | None = None,
     save_every: int = 1000,
+    flags: Sequence[str] = (),
     prepare: Callable[[Trainer], None] | None = None,
     visible: Sequence[str] | None = None,
     without: Sequence[str] = (),
@@ -163,13 +167,14 @@ def train_tiny(
     trainer's observers to leave out, of Grids and Checkpoints, by the names of their classes.
     """
     _device()
-    flags = ["--total_step", str(steps), "--seed", str(seed), "--guidance_scale", "1"]
-    flags += ["--save_ckpt_interval", str(save_every)]
+    own = ["--total_step", str(steps), "--seed", str(seed), "--guidance_scale", "1"]
+    own += ["--save_ckpt_interval", str(save_every)]
     if resume is not None:
         run = resume.resolve().parent.parent
         shutil.copytree(run, folder / "run", symlinks=True)
-        flags += ["--resume", str(folder / "run" / "checkpoints" / resume.resolve().name)]
-    config = tiny_config(plugins, folder=folder, options=options, flags=flags, visible=visible)
+        own += ["--resume", str(folder / "run" / resume.resolve().relative_to(run))]
+    given = [*own, *flags]
+    config = tiny_config(plugins, folder=folder, options=options, flags=given, visible=visible)
     from sdxl_host.training.trainer import Trainer
 
     lines: list[str] = []

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mindspore.*"
 
 OPTIONS = {"rank": 4, "alpha": 6.0}
 SCALE = 1.5
+# The smallest model has attention in its middle alone.
+ATTENTION = ["model.params.network_config.params.attention_resolutions=[2]"]
 NETWORK = "model.diffusion_model."
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 Train = Callable[..., TinyRun]
@@ -56,7 +58,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         folder = tmp_path_factory.mktemp("runs")
         options = {"lora": {**OPTIONS, **named.pop("options", {})}}
         chosen = {name: options[name] for name in plugins if name in options}
-        return tiny_run(plugins, folder=folder, options=chosen, prepare=trained_before, **named)
+        named |= {"flags": ATTENTION, "prepare": trained_before}
+        return tiny_run(plugins, folder=folder, options=chosen, **named)
 
     return run
 
@@ -72,7 +75,8 @@ def plain(
         trained_before(trainer)
         before.update({n: p.asnumpy().copy() for n, p in trainer.parts.network.items()})
 
-    return tiny_run([], folder=tmp_path_factory.mktemp("plain"), prepare=prepare), before
+    folder = tmp_path_factory.mktemp("plain")
+    return tiny_run([], folder=folder, flags=ATTENTION, prepare=prepare), before
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +124,7 @@ def test_every_projection_of_the_attention_has_an_adapter_and_nothing_else(
         for name in weights
         if any(name.endswith((f"attn1.{p}.weight", f"attn2.{p}.weight")) for p in PROJECTIONS)
     ]
-    assert len(layers) == 4 * 8  # transformer blocks in tiny.yaml, projections in each
+    assert len(layers) == 4 * 8  # transformer blocks, projections in each
     parts = {f"{layer}.lora_{part}.weight" for layer in layers for part in ("down", "up")}
     assert parts == {name for name in weights if is_adapter(name)}
     for layer in layers:
@@ -166,8 +170,8 @@ def test_recomputed_blocks_train_alike(tmp_path: Path, adapted: TinyRun) -> None
     """Parameters that a block gets later have a gradient too where the block is recomputed."""
     from sdxl_host.training.trainer import Trainer
 
-    flags = ["model.params.network_config.params.use_recompute=True", "--total_step", "2"]
-    flags += ["--guidance_scale", "1"]
+    flags = [*ATTENTION, "model.params.network_config.params.use_recompute=True"]
+    flags += ["--total_step", "2", "--guidance_scale", "1"]
     config = tiny_config(["lora"], folder=tmp_path, options={"lora": OPTIONS}, flags=flags)
     trainer = Trainer(config, say=lambda line: None)
     trained_before(trainer)
