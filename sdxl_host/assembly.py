@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from mindspore import Parameter, nn
 from mindspore.nn.utils import no_init_parameters
@@ -18,6 +17,7 @@ from sdxl_host.hooks import Hooks, Plugin
 from sdxl_host.host import Defaults
 from sdxl_host.model import DiffusionModel
 from sdxl_host.plugins import make_instance
+from sdxl_host.training.checkpoint import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE, Checkpoint
 from sdxl_host.weights import files
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
@@ -32,9 +32,6 @@ from sdxl_host.weights.source import Source, open_all
 from sdxl_host.weights.tensors import open_safetensors, over
 
 __all__ = [
-    "AVERAGES_FILE",
-    "FROZEN_FILE",
-    "NETWORK_FILE",
     "Parts",
     "change_network",
     "check_fit",
@@ -44,10 +41,6 @@ __all__ = [
     "weight_lines",
 ]
 
-NETWORK_FILE = "network.safetensors"
-FROZEN_FILE = "frozen.safetensors"
-AVERAGES_FILE = "ema.safetensors"
-
 
 def make_hooks(config: RunConfig) -> Hooks:
     """The hooks of a run, with each selected plugin and its options."""
@@ -56,16 +49,6 @@ def make_hooks(config: RunConfig) -> Hooks:
         instance = make_instance(selected.installed, selected.cls, selected.options)
         plugins.append(Plugin(selected.installed, selected.options, instance))
     return Hooks(Defaults(), plugins)
-
-
-class SavedWeights(Protocol):
-    """A checkpoint, as far as weights go: its folder, and whether that has `AVERAGES_FILE`."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def has_averages(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -171,7 +154,7 @@ def make_parts(
     model: DiffusionModel,
     seed: int,
     source: Source | None = None,
-    checkpoint: SavedWeights | None = None,
+    checkpoint: Checkpoint | None = None,
     averaged: bool = False,
 ) -> Parts:
     """Builds the networks; their weights are those of `checkpoint`, else come from `source`, else

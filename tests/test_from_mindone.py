@@ -280,8 +280,13 @@ def test_a_refused_key_is_named() -> None:
 
 
 def test_files_of_ours_are_those_that_a_checkpoint_has(device: str) -> None:
-    from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
-    from sdxl_host.training.checkpoint import CONFIG_FILE, OPTIMIZER_FILE
+    from sdxl_host.training.checkpoint import (
+        AVERAGES_FILE,
+        CONFIG_FILE,
+        FROZEN_FILE,
+        NETWORK_FILE,
+        OPTIMIZER_FILE,
+    )
 
     text = " ".join(ROWS["Files"].values())
     named = {Path(code).name for code in codes(text) if code.endswith((".safetensors", ".yaml"))}

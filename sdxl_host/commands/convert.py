@@ -78,7 +78,7 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
     from sdxl_host.device import prepare_device
 
     prepare_device("CPU")
-    from sdxl_host.assembly import AVERAGES_FILE
+    from sdxl_host.training.checkpoint import AVERAGES_FILE
     from sdxl_host.weights.architecture import completed
     from sdxl_host.weights.metadata import (
         SDXL_SCALE_FACTOR,

@@ -22,7 +22,6 @@ import importlib_metadata
 import numpy as np
 from omegaconf import OmegaConf
 
-from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
 from sdxl_host.disk import sync, sync_tree, write_new
 from sdxl_host.errors import DataError, PluginError
 from sdxl_host.training.arrays import FetchedArrays
@@ -44,6 +43,9 @@ __all__ = [
 
 FORMAT = 2
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+NETWORK_FILE = "network.safetensors"
+FROZEN_FILE = "frozen.safetensors"
+AVERAGES_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 OPTIMIZER_FILE = "optimizer.safetensors"

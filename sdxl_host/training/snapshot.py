@@ -8,10 +8,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from sdxl_host.assembly import AVERAGES_FILE
 from sdxl_host.errors import ConfigError, in_brief
 from sdxl_host.training.arrays import FetchedArrays
-from sdxl_host.training.checkpoint import OPTIMIZER_FILE, Checkpoint, Contents
+from sdxl_host.training.checkpoint import AVERAGES_FILE, OPTIMIZER_FILE, Checkpoint, Contents
 from sdxl_host.training.report import plugin_list, record
 from sdxl_host.weights.tensors import open_safetensors
 

@@ -44,8 +44,12 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
     size.
     """
     # Late: it imports MindSpore, and the other formats do without.
-    from sdxl_host.assembly import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
-    from sdxl_host.training.checkpoint import open_checkpoint
+    from sdxl_host.training.checkpoint import (
+        AVERAGES_FILE,
+        FROZEN_FILE,
+        NETWORK_FILE,
+        open_checkpoint,
+    )
 
     checkpoint = open_checkpoint(folder)
     model: dict[str, Any] = checkpoint.settings["model"]["params"]
