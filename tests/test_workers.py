@@ -155,7 +155,9 @@ def test_law_one_batch_of_4_is_two_batches_of_2_and_two_workers(measured, tmp_pa
     assert len(list((runs["workers"]).glob("**/metrics.jsonl"))) == 1
 
 
-def test_a_failed_worker_ends_the_run_and_says_why(device: str, site, tmp_path: Path) -> None:
+def test_a_failed_worker_ends_the_run_and_says_why(
+    device: str, site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1 alone has a plugin that raises; the run ends and its log has the one line."""
     failing = PLUGIN.replace(
         "        self.seen += ",
@@ -166,6 +168,7 @@ def test_a_failed_worker_ends_the_run_and_says_why(device: str, site, tmp_path: 
     words = [*("--config", "tiny.yaml", "--plugins", "measured", "--is_parallel", "True")]
     words += ["--save_path", str(tmp_path / "run")]
     path = os.pathsep.join([site.python_path, *sys.path])
+    monkeypatch.setenv("MS_NODE_TIMEOUT", "10")  # seconds until the silent worker is missed
     done = start_workers(tmp_path / "logs", path, *words)
     assert done.returncode != 0
     log = (tmp_path / "logs" / "worker_1.log").read_text()
