@@ -10,7 +10,34 @@ import warnings
 
 from sdxl_host.errors import ConfigError
 
-__all__ = ["has_bfloat16", "limit_memory", "on_ascend", "prepare_device"]
+__all__ = [
+    "has_bfloat16",
+    "limit_memory",
+    "on_ascend",
+    "prepare_cpu_environment",
+    "prepare_device",
+]
+
+# Environment variables for MindSpore's CPU backend alone; a value that the user has set stands.
+_CPU_ENVIRONMENT = {
+    # Without it MindSpore's main thread waits by spinning and takes a whole core. "0" opts out.
+    "MS_DEV_HOST_BLOCKING_RUN": "1",
+    # Where a CPU has AVX-512, oneDNN inside MindSpore 2.10 computes convolutions by its reference
+    # loops, a hundred times slower than with AVX2. "DEFAULT" opts out.
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+def prepare_cpu_environment() -> tuple[str, ...]:
+    """Sets what MindSpore's CPU backend should find in the environment; returns what was not there.
+
+    It must run before MindSpore's first operator. `prepare_device` calls it; a program that imports
+    MindSpore in another way calls it itself.
+    """
+    added = tuple(name for name in _CPU_ENVIRONMENT if name not in os.environ)
+    for name in added:
+        os.environ[name] = _CPU_ENVIRONMENT[name]
+    return added
 
 
 def prepare_device(target: str = "auto") -> str:
@@ -25,11 +52,7 @@ def prepare_device(target: str = "auto") -> str:
             f"numpy {np.__version__} does not work with MindSpore (tensor operations fail); "
             "pip install 'numpy<2'"
         )
-    if target != "Ascend":
-        # Without it MindSpore's main thread waits by spinning and takes a whole core; it must be
-        # set before the first operator runs. It is undocumented and untested on Ascend, so only
-        # the CPU gets it; set it to 0 to opt out.
-        os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+    added = () if target == "Ascend" else prepare_cpu_environment()
     _flush_subnormals()
     # Warnings of its own about operators and deprecations would bury what the run has to say.
     os.environ.setdefault("GLOG_v", "3")
@@ -44,6 +67,9 @@ def prepare_device(target: str = "auto") -> str:
             "driver, or use --device_target CPU"
         )
     chosen = "Ascend" if ascend and target != "CPU" else "CPU"
+    if chosen == "Ascend":
+        for name in added:  # MindSpore reads them when its first operator runs, which is later
+            del os.environ[name]
     ms.set_device(chosen)
     # Compiled parts are marked as such; the rest runs eagerly either way.
     ms.set_context(mode=ms.PYNATIVE_MODE)

@@ -47,8 +47,14 @@ _KNOWN_BAD = {
     "transformers": ("<5", "the tokenizer is opened as transformers 5 does it"),
 }
 _MINDSPORES = ("mindspore", "mindspore-ascend", "mindspore-cpu", "mindspore-dev", "mindspore-gpu")
+# Variable, pattern of harmful values, harm.
 _SETTINGS = (
     ("MS_DEV_HOST_BLOCKING_RUN", "0", "MindSpore's main thread waits by spinning and takes a core"),
+    (
+        "ONEDNN_MAX_CPU_ISA",
+        "DEFAULT|ALL|AVX512.*|AVX10.*",
+        "opts out of AVX2, so on a CPU with AVX-512 a training step takes 10 to 25 times as long",
+    ),
     (
         "MS_COMPILER_CACHE_ENABLE",
         "1",
@@ -267,8 +273,9 @@ def rivals() -> Iterator[Finding]:
 
 def environment(variables: Mapping[str, str]) -> Iterator[Finding]:
     """Settings of the environment that are known to do harm."""
-    for name, value, harm in _SETTINGS:
-        if variables.get(name) == value:
+    for name, pattern, harm in _SETTINGS:
+        value = variables.get(name, "")
+        if re.fullmatch(pattern, value, re.IGNORECASE):
             yield Finding("environment", "warning", f"{name}={value}: {harm}", f"unset {name}")
 
 

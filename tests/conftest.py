@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 
 import sdxl_host
+from sdxl_host.device import prepare_cpu_environment
 
-# Test modules import MindSpore before the device fixture can set these: wait without spinning, and
-# say only what is an error. Nothing in a test may ask a hub for files.
-os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+# Test modules import MindSpore before the device fixture can set these: wait without spinning,
+# compute convolutions with AVX2, and say only what is an error. Nothing in a test may ask a hub for
+# files.
+prepare_cpu_environment()
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

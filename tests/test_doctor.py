@@ -274,10 +274,15 @@ def test_a_package_whose_metadata_are_damaged_hides_no_rival(fakes: Fakes) -> No
 
 
 def test_settings_of_the_environment_that_do_harm() -> None:
-    assert list(diagnosis.environment({"MS_DEV_HOST_BLOCKING_RUN": "1"})) == []
-    harmful = {"MS_DEV_HOST_BLOCKING_RUN": "0", "MS_COMPILER_CACHE_ENABLE": "1"}
+    harmless = {"MS_DEV_HOST_BLOCKING_RUN": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert list(diagnosis.environment(harmless)) == []
+    harmful = {
+        "MS_DEV_HOST_BLOCKING_RUN": "0",
+        "ONEDNN_MAX_CPU_ISA": "DEFAULT",
+        "MS_COMPILER_CACHE_ENABLE": "1",
+    }
     found = list(diagnosis.environment(harmful))
-    assert [finding.state for finding in found] == ["warning", "warning"]
+    assert [finding.state for finding in found] == ["warning"] * 3
     assert "takes a core" in found[0].seen
     assert [finding.remedy for finding in found] == [f"unset {name}" for name in harmful]
 

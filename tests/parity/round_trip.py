@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_host.device import prepare_cpu_environment, prepare_device
+
 # As the program sets them itself, where it is what imports MindSpore first.
-os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+prepare_cpu_environment()
 os.environ.setdefault("GLOG_v", "3")
 
 import numpy as np
@@ -25,7 +27,6 @@ import numpy as np
 from sdxl_host.assembly import make_hooks, make_parts, open_weight
 from sdxl_host.cli import main as command
 from sdxl_host.config import load
-from sdxl_host.device import prepare_device
 from sdxl_host.prompts import PromptEmbedding
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.restore import restore_sampler
