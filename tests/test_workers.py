@@ -60,8 +60,7 @@ class Fake:
 NETWORK = "model.params.network_config.params"
 WORDS = [
     *("--config", "tiny.yaml", "--save_path_with_time", "False", "--guidance_scale", "1"),
-    *(f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.attention_resolutions=[]"),
-    f"{NETWORK}.transformer_depth=[1]",
+    *(f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.transformer_depth=[1]"),
     *("--plugins", "edm,snr,measured", "--use_ema", "True", "--scale_lr", "True"),
     # Where a gradient is 0 but for rounding, Adam moves by the rate all the same: keep that small.
     f"optim.base_learning_rate={RATE}",

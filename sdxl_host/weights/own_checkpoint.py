@@ -55,7 +55,7 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
     model: dict[str, Any] = checkpoint.settings["model"]["params"]
     merged = over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
     described = f"{folder} (checkpoint of step {checkpoint.step})"
-    if use_averages and (folder / AVERAGES_FILE).is_file():
+    if use_averages and checkpoint.has_averages:
         merged = over(merged, open_safetensors(folder / AVERAGES_FILE))
         described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
     found = without_extras(merged, described)

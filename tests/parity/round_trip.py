@@ -16,10 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_host.device import prepare_cpu_environment, prepare_device
-
-# As the program sets them itself, where it is what imports MindSpore first.
-prepare_cpu_environment()
+# As the program sets it itself, where it is what imports MindSpore first.
 os.environ.setdefault("GLOG_v", "3")
 
 import numpy as np
@@ -27,6 +24,7 @@ import numpy as np
 from sdxl_host.assembly import make_hooks, make_parts, open_weight
 from sdxl_host.cli import main as command
 from sdxl_host.config import load
+from sdxl_host.device import prepare_device
 from sdxl_host.prompts import PromptEmbedding
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.restore import restore_sampler
