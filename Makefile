@@ -38,6 +38,7 @@ soak: $(VENV)/ready-dev  ## the long forms of the tests
 lint: $(VENV)/ready-dev  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 $(VENV)/bin/python:

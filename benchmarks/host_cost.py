@@ -15,9 +15,9 @@ import time
 
 import numpy as np
 
-from sdxl_host.assembly import make_hooks
-from sdxl_host.config import load
+from sdxl_host.config.load import load
 from sdxl_host.diffusion.objective import Noise, coefficients
+from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.randomness import Stream, normals, uniforms
 
 BATCH, LATENT, SEED = 4, (4, 128, 128), 42
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
     config = load(PLUGINS)
-    hooks = make_hooks(config)
+    hooks = make_hooks(config.plugins)
     model = hooks.build_model(config.tree)
     seconds: dict[str, list[float]] = {"hooks and coefficients": [], "noise": []}
     for step in range(1, steps + 11):

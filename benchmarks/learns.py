@@ -35,7 +35,7 @@ def train(plugins: str, folder: Path, steps: int | None) -> float:
 
 def measure(folder: Path, steps: int, guidance_scale: float, seed: int) -> dict[str, object]:
     """How many of the pictures of the run in `folder` are drawn from their captions."""
-    from sdxl_host.config import restore
+    from sdxl_host.config.load import restore
     from sdxl_host.data.dataset import Text2ImageDataset
     from sdxl_host.device import prepare_device
     from sdxl_host.randomness import Stream, generator
@@ -44,8 +44,8 @@ def measure(folder: Path, steps: int, guidance_scale: float, seed: int) -> dict[
     from omegaconf import OmegaConf
 
     from sdxl_host.sampling.grid import save_grid
-    from sdxl_host.sampling.restore import restore_sampler
-    from sdxl_host.targets import build
+    from sdxl_host.sampling.load import restore_sampler
+    from sdxl_host.settings.targets import build
 
     config = restore(folder / "config.yaml")
     node = OmegaConf.to_container(config.tree.data.dataset_config)

@@ -5,9 +5,9 @@
     python scripts/golden.py --record FILE [--subsets]
     python scripts/golden.py --compare FILE [--subsets]
 
-Each run trains configs/tiny.yaml with a fixed seed, compiled, and gives `metrics.jsonl` and a SHA-256
-of every array of its last checkpoint. Where two of them differ, the largest relative difference
-of their losses is printed. Exit code 1 where anything differs.
+Each run trains configs/tiny.yaml with a fixed seed, compiled, and gives `metrics.jsonl` and the
+SHA-256 of the weights in its last checkpoint. Where two runs differ, the largest relative
+difference of their losses is printed. Exit code 1 where anything differs.
 
 A work tree is run by the environment that runs this script, which must have the host and the four
 plugins installed; the tree's own sources go before those.

@@ -32,12 +32,12 @@ from packaging.specifiers import SpecifierSet
 from sdxl_host.cli import main as command_line
 from sdxl_host.errors import PluginError
 from sdxl_host.hookspecs import HOOKS, hookimpl
-from sdxl_host.host import Defaults
-from sdxl_host.implementations import implementations
-from sdxl_host.options import describe
-from sdxl_host.plugins import Installed, find, fitting, import_class
-from sdxl_host.settings import FLAG_HOMES, NOT_YET, SCHEMAS
-from sdxl_host.targets import _TARGETS as TARGETS
+from sdxl_host.plugins.defaults import Defaults
+from sdxl_host.plugins.discovery import Installed, find, fitting, import_class
+from sdxl_host.plugins.roles import implementations
+from sdxl_host.settings.options import describe
+from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, SCHEMAS
+from sdxl_host.settings.targets import _TARGETS as TARGETS
 from sdxl_host.testing.runs import only
 
 ROOT = Path(__file__).parents[1]

@@ -10,33 +10,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding, encode_plain
     from sdxl_host.diffusion.distributions import DiscreteDistribution, Distribution
+    from sdxl_host.diffusion.model import DiffusionModel, Sampling
     from sdxl_host.diffusion.objective import Noise
     from sdxl_host.diffusion.preconditioning import Preconditioning
     from sdxl_host.diffusion.schedule import Schedule
     from sdxl_host.errors import PluginError
     from sdxl_host.hookspecs import hookimpl
-    from sdxl_host.model import DiffusionModel, Sampling
-    from sdxl_host.options import option
-    from sdxl_host.prompts import Encoders, PromptEmbedding, encode_plain
-    from sdxl_host.training.result import StepResult, TrainerView
+    from sdxl_host.plugins.step_result import StepResult, TrainerView
+    from sdxl_host.settings.options import option
 
 _HOME = {
-    "DiffusionModel": "sdxl_host.model",
+    "DiffusionModel": "sdxl_host.diffusion.model",
     "DiscreteDistribution": "sdxl_host.diffusion.distributions",
     "Distribution": "sdxl_host.diffusion.distributions",
-    "Encoders": "sdxl_host.prompts",
+    "Encoders": "sdxl_host.diffusion.conditioning",
     "Noise": "sdxl_host.diffusion.objective",
     "PluginError": "sdxl_host.errors",
     "Preconditioning": "sdxl_host.diffusion.preconditioning",
-    "PromptEmbedding": "sdxl_host.prompts",
-    "Sampling": "sdxl_host.model",
+    "PromptEmbedding": "sdxl_host.diffusion.conditioning",
+    "Sampling": "sdxl_host.diffusion.model",
     "Schedule": "sdxl_host.diffusion.schedule",
-    "StepResult": "sdxl_host.training.result",
-    "TrainerView": "sdxl_host.training.result",
-    "encode_plain": "sdxl_host.prompts",
+    "StepResult": "sdxl_host.plugins.step_result",
+    "TrainerView": "sdxl_host.plugins.step_result",
+    "encode_plain": "sdxl_host.diffusion.conditioning",
     "hookimpl": "sdxl_host.hookspecs",
-    "option": "sdxl_host.options",
+    "option": "sdxl_host.settings.options",
 }
 
 __all__ = [

@@ -18,11 +18,11 @@ import pluggy
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding
     from sdxl_host.diffusion.distributions import Distribution
+    from sdxl_host.diffusion.model import DiffusionModel
     from sdxl_host.diffusion.objective import Noise
-    from sdxl_host.model import DiffusionModel
-    from sdxl_host.prompts import Encoders, PromptEmbedding
-    from sdxl_host.training.result import StepResult, TrainerView
+    from sdxl_host.plugins.step_result import StepResult, TrainerView
 
 __all__ = ["HOOKS", "PROJECT", "hookimpl"]
 

@@ -202,9 +202,9 @@ def fill(device: str, deterministic: ModuleType) -> Callable[..., dict]:
 
     Returns its parameters by their names in the single file, each of which begins with `prefix`.
     """
-    from sdxl_host.weights.files import load
+    from sdxl_host.files.tensors import Source
+    from sdxl_host.weights.load import load
     from sdxl_host.weights.names import single_file_parameters
-    from sdxl_host.weights.tensors import Source
 
     def fill_cell(cell, prefix: str) -> dict:
         parameters = single_file_parameters(cell, prefix)

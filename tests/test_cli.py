@@ -101,7 +101,7 @@ def test_the_help_names_every_command(capsys):
 
 
 def test_the_help_of_train_names_every_flag(site, capsys):
-    from sdxl_host.settings import FLAG_HOMES, NOT_YET, TrainSettings
+    from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, TrainSettings
 
     site.add("ash", SIZE)
     assert main(["train", "--help"]) == 0

@@ -15,7 +15,7 @@ import pytest
 
 import sdxl_host
 from sdxl_host import hookspecs, testing
-from sdxl_host.options import option
+from sdxl_host.settings.options import option
 
 ROOT = Path(sdxl_host.__file__).parents[1]
 HOST = Path(sdxl_host.__file__).parent
@@ -181,7 +181,7 @@ def loaded_after(code: str) -> set[str]:
         "from sdxl_host import PluginError",
         "from sdxl_host import hookimpl, option, PluginError",
         "import sdxl_host.testing.fixtures",
-        "import sdxl_host.hooks, sdxl_host.hookspecs, sdxl_host.options, sdxl_host.plugins",
+        "import sdxl_host.plugins.hooks, sdxl_host.hookspecs, sdxl_host.settings.options",
     ],
 )
 def test_declaring_a_plugin_loads_neither_numpy_nor_mindspore(code: str):
@@ -192,7 +192,8 @@ def test_declaring_a_plugin_loads_neither_numpy_nor_mindspore(code: str):
     "code",
     [
         "from sdxl_host import *",
-        "import sdxl_host.diffusion.objective, sdxl_host.prompts, sdxl_host.model",
+        "import sdxl_host.diffusion.objective, sdxl_host.diffusion.model",
+        "import sdxl_host.diffusion.conditioning",
         "from sdxl_host.testing import *",
     ],
 )
@@ -470,7 +471,7 @@ def test_the_layering_tests_see_imports_that_run_at_once(source: str, found: lis
         ("import sdxl_host", []),
         ("from sdxl_host import hooks", ["hooks"]),
         ("from sdxl_host.errors import ConfigError", ["sdxl_host.errors"]),
-        ("def f():\n    import sdxl_host.hooks", ["sdxl_host.hooks"]),
+        ("def f():\n    import sdxl_host.plugins.hooks", ["sdxl_host.plugins.hooks"]),
         ("from sdxl_hosted.errors import E", []),
     ],
 )

@@ -78,8 +78,9 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
     from sdxl_host.device import prepare_device
 
     prepare_device("CPU")
-    from sdxl_host.training.checkpoint import AVERAGES_FILE
+    from sdxl_host.checkpoints.layout import AVERAGES_FILE
     from sdxl_host.weights.architecture import completed
+    from sdxl_host.weights.export import write_diffusers, write_single_file
     from sdxl_host.weights.metadata import (
         SDXL_SCALE_FACTOR,
         described,
@@ -88,8 +89,7 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
         scale_factor,
         scheduler_config,
     )
-    from sdxl_host.weights.source import open_all
-    from sdxl_host.weights.writer import write_diffusers, write_single_file
+    from sdxl_host.weights.open import open_all
 
     if options.last_weights and not any((path / AVERAGES_FILE).is_file() for path in paths):
         raise ConfigError(

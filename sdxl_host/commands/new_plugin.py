@@ -25,7 +25,7 @@ from packaging.version import Version
 from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.hookspecs import HOOKS
-from sdxl_host.plugins import (
+from sdxl_host.plugins.discovery import (
     KNOWN_DISTRIBUTIONS,
     RESERVED_NAMES,
     discover,

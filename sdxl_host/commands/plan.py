@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from sdxl_host.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sdxl_host.config import RunConfig
-    from sdxl_host.curves import Curve
+    from sdxl_host.config.load import RunConfig
     from sdxl_host.data.dataset import Text2ImageDataset
-    from sdxl_host.hooks import Hooks
-    from sdxl_host.model import DiffusionModel
-    from sdxl_host.planning import Part
-    from sdxl_host.weights.source import Source
+    from sdxl_host.diffusion.model import DiffusionModel
+    from sdxl_host.planning.curves import Curve
+    from sdxl_host.planning.memory import Part
+    from sdxl_host.plugins.hooks import Hooks
+    from sdxl_host.weights.open import Source
 
 __all__ = ["plan"]
 
@@ -43,8 +43,8 @@ def plan(arguments: Sequence[str]) -> int:
     words, given = _take_out(arguments)
     folder = _folder(given)
 
-    from sdxl_host.config import load
-    from sdxl_host.provenance import commented_yaml, origins
+    from sdxl_host.config.load import load
+    from sdxl_host.config.provenance import commented_yaml, origins
 
     config = load(words)
     text = commented_yaml(config, origins(words, config))
@@ -95,7 +95,7 @@ def _folder(given: str | None) -> Path:
 
 
 def _write(folder: Path, text: str, before: Curve, after: Curve, config: RunConfig) -> None:
-    from sdxl_host.chart import draw_curves
+    from sdxl_host.planning.chart import draw_curves
 
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
     picture = draw_curves(before, after, f"plugins: {names}")
@@ -124,11 +124,12 @@ def _csv(before: Curve, after: Curve) -> str:
 
 def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
     """The lines below the config, and the curves without plugins and with them."""
-    from sdxl_host.assembly import check_fit, make_hooks, open_weight, weight_lines
-    from sdxl_host.curves import curves, start_lines, table_lines
-    from sdxl_host.planning import model_parts
-    from sdxl_host.training.report import samples_of
+    from sdxl_host.planning.curves import curves, start_lines, table_lines
+    from sdxl_host.planning.memory import model_parts
+    from sdxl_host.plugins.hooks import make_hooks
     from sdxl_host.training.resume import find_checkpoint
+    from sdxl_host.training.summary import samples_of
+    from sdxl_host.weights.parts import check_fit, open_weight, weight_lines
 
     dataset, optimizer_notes = _other_sections(config)
     # Of one device: how many there will be is not known here.
@@ -136,13 +137,13 @@ def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
     checkpoint, _ = find_checkpoint(config, samples_of(update, dataset))
     source = open_weight(config.train.weight) if checkpoint is None else None
 
-    asked = make_hooks(config)
+    asked = make_hooks(config.plugins)
     if checkpoint is not None:
         asked.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
     before, after = curves(asked, config.tree)
 
     # Hooks of their own: those of the curves have been asked for a step.
-    hooks = make_hooks(config)
+    hooks = make_hooks(config.plugins)
     model = hooks.build_model(config.tree)
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
@@ -164,7 +165,7 @@ def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
     """The dataset, and what the optimizer has to say; what is wrong with either is told."""
     from omegaconf import OmegaConf
 
-    from sdxl_host.targets import build
+    from sdxl_host.settings.targets import build
     from sdxl_host.training.optimizer import configured
 
     node = OmegaConf.to_container(config.tree.data.dataset_config)
@@ -176,7 +177,7 @@ def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
 def _objective_lines(
     config: RunConfig, hooks: Hooks, model: DiffusionModel, device: str
 ) -> list[str]:
-    from sdxl_host.training.report import compute_lines
+    from sdxl_host.training.summary import compute_lines
 
     return [
         f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
@@ -189,7 +190,7 @@ def _objective_lines(
 
 def _check_fit(parts: Sequence[Part], source: Source) -> None:
     """Raises DataError where the weights' names and shapes are not the model's."""
-    from sdxl_host.weights.check import compare_shapes
+    from sdxl_host.weights.compare import compare_shapes
 
     expected = {name: shape for part in parts for name, shape in part.shapes.items()}
     found = {n: shape for n, shape in source.shapes.items() if not n.endswith(".position_ids")}
@@ -197,7 +198,7 @@ def _check_fit(parts: Sequence[Part], source: Source) -> None:
 
 
 def _caption_lines(hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[str]:
-    from sdxl_host.planning import caption_lengths
+    from sdxl_host.planning.captions import caption_lengths
 
     lengths = caption_lengths(hooks, model.encoders, dataset.pictures)
     longest = max(lengths, key=lambda length: length.tokens)
@@ -216,7 +217,7 @@ def _caption_lines(hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDatas
 
 
 def _memory_lines(parts: Sequence[Part]) -> list[str]:
-    from sdxl_host.planning import memory
+    from sdxl_host.planning.memory import memory
 
     rows = memory(parts)
     lines = ["parameters"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import PluginError
-from sdxl_host.plugins import Installed, discover, fitting
+from sdxl_host.plugins.discovery import Installed, discover, fitting
 
 __all__ = ["plugins"]
 
@@ -41,7 +41,7 @@ def _row(plugin: Installed, installed: Sequence[Installed]) -> dict[str, Any]:
 
 def _check(plugin: Installed, installed: Sequence[Installed]) -> dict[str, Any]:
     """What its package and an import in a process of its own show; its fault where it has one."""
-    from sdxl_host.inspection import check_metadata, inspect_alone
+    from sdxl_host.plugins.inspection import check_metadata, inspect_alone
 
     try:
         check_metadata(plugin, installed)

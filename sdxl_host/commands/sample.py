@@ -11,7 +11,7 @@ from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sdxl_host.sampling.sampler import PictureSampler
+    from sdxl_host.sampling.pipeline import PictureSampler
 
 __all__ = ["sample"]
 
@@ -149,7 +149,7 @@ def _check_for_training(word: str) -> None:
     """Raises ConfigError for a setting of training that drawing has no use for."""
     from dataclasses import fields
 
-    from sdxl_host.settings import FLAG_HOMES, NOT_YET, TrainSettings
+    from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, TrainSettings
 
     name = word.partition("=")[0]
     if name.startswith("--"):
@@ -196,16 +196,16 @@ def _sampler(
 
     if options.checkpoint is not None:
         prepare_device()
-        from sdxl_host.sampling.restore import restore_sampler
+        from sdxl_host.sampling.load import restore_sampler
 
         return restore_sampler(options.checkpoint, options.use_ema, **told)
 
-    from sdxl_host.config import load_model, picture_size
+    from sdxl_host.config.load import load_model, picture_size
 
     config = load_model(["--config", options.config or _CONFIG, *rest, "--weight", options.weight])
     prepare_device(config.train.device_target)
-    from sdxl_host.sampling.restore import weight_sampler
-    from sdxl_host.sampling.sampler import Conditions
+    from sdxl_host.sampling.load import weight_sampler
+    from sdxl_host.sampling.pipeline import Conditions
 
     size = picture_size(config)
     sampler, lines = weight_sampler(config, Conditions(size, size), **told)

@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sdxl_host.config import RunConfig, load
-from sdxl_host.options import describe
-from sdxl_host.settings import FLAG_HOMES, NOT_YET, DataSettings, TrainSettings
+from sdxl_host.config.load import RunConfig, load
+from sdxl_host.settings.options import describe
+from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, DataSettings, TrainSettings
 
 __all__ = ["train"]
 
@@ -29,8 +29,8 @@ def run(config: RunConfig) -> int:
     use_compile_cache(config)
     prepare_device(config.train.device_target)
     limit_memory(config.train.max_device_memory)
+    from sdxl_host.training.distributed import join
     from sdxl_host.training.trainer import Trainer
-    from sdxl_host.training.workers import join
 
     workers = join(config.train.is_parallel)
     return Trainer(config, _say, workers).run()
@@ -46,7 +46,7 @@ def _say(line: str) -> None:
 
 
 def _help() -> str:
-    from sdxl_host.plugins import discover
+    from sdxl_host.plugins.discovery import discover
 
     rows = {row["name"]: row for row in describe(DataSettings) + describe(TrainSettings)}
     flags = [("config", "FILE", "a YAML file, yours or a packaged one"),

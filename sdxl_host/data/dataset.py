@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from sdxl_host.data.captions import Captioned, read_folder
 from sdxl_host.data.transforms import Transform
 from sdxl_host.errors import DataError, did_you_mean
-from sdxl_host.targets import build
+from sdxl_host.settings.targets import build
 
 __all__ = ["DEMO_PICTURES", "Sample", "Text2ImageDataset"]
 

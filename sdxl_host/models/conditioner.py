@@ -10,11 +10,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding, unconditional
 from sdxl_host.models.embedding import sinusoids
 from sdxl_host.models.text_encoders import BEGIN_OF_TEXT, CONTEXT_LENGTH, END_OF_TEXT
 from sdxl_host.models.tokenizer import tokenize
-from sdxl_host.prompts import Encoders, PromptEmbedding, unconditional
-from sdxl_host.targets import build
+from sdxl_host.settings.targets import build
 
 __all__ = ["ConcatTimestepEmbedderND", "GeneralConditioner"]
 

@@ -15,9 +15,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from sdxl_host.diffusion.model import Sampling
 from sdxl_host.diffusion.schedule import Schedule
 from sdxl_host.errors import ConfigError, did_you_mean
-from sdxl_host.model import Sampling
 
 __all__ = [
     "AUTO",

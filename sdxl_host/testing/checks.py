@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.diffusion.distributions import Distribution
+from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.diffusion.objective import Noise
 from sdxl_host.diffusion.preconditioning import Preconditioning
 from sdxl_host.diffusion.schedule import Schedule
-from sdxl_host.hooks import Hooks
 from sdxl_host.hookspecs import hookimpl
-from sdxl_host.host import Defaults
-from sdxl_host.model import DiffusionModel
-from sdxl_host.prompts import PromptEmbedding
+from sdxl_host.plugins.defaults import Defaults
+from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.sampling.samplers import SAMPLERS, SPACINGS
 from sdxl_host.testing.parts import noise_levels, tiny_encoders
 from sdxl_host.testing.subject import Subject, check_array

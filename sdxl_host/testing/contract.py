@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 
 from sdxl_host.errors import HostError
-from sdxl_host.inspection import check_options
-from sdxl_host.plugins import normalize
+from sdxl_host.plugins.discovery import normalize
+from sdxl_host.plugins.inspection import check_options
 from sdxl_host.testing import checks, run_checks
 from sdxl_host.testing.run_checks import FIRST_PARTY, Runs
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_host.diffusion.conditioning import Encoders
 from sdxl_host.diffusion.distributions import DiscreteDistribution
+from sdxl_host.diffusion.model import DiffusionModel, Lazy, Sampling
 from sdxl_host.diffusion.objective import Noise
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning
 from sdxl_host.diffusion.schedule import Schedule
 from sdxl_host.errors import HostError
-from sdxl_host.model import DiffusionModel, Lazy, Sampling
-from sdxl_host.prompts import Encoders
 
 __all__ = ["TinyEncoder", "noise_levels", "tiny_encoders", "tiny_model"]
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from sdxl_host.errors import HostError, PluginError
 from sdxl_host.hookspecs import HOOKS
-from sdxl_host.inspection import check_import
-from sdxl_host.options import first_line
-from sdxl_host.plugins import KNOWN_DISTRIBUTIONS, discover
+from sdxl_host.plugins.discovery import KNOWN_DISTRIBUTIONS, discover
+from sdxl_host.plugins.inspection import check_import
+from sdxl_host.settings.options import first_line
 from sdxl_host.testing.hashes import check_hashes
 from sdxl_host.testing.runs import TinyRun, train_tiny
 from sdxl_host.testing.snapshot import attributes, changed, class_attributes
@@ -149,7 +149,7 @@ def check_determinism(runs: Runs) -> None:
 def check_resume(runs: Runs) -> None:
     """A run that stopped in the middle and was resumed: equal to the bit to one that was not."""
     # Late: it imports MindSpore.
-    from sdxl_host.training.checkpoint import checkpoint_folder
+    from sdxl_host.checkpoints.layout import checkpoint_folder
 
     subject, whole = runs.subject, runs.whole
     checkpoint = checkpoint_folder(whole.checkpoint.parent, runs.middle)
@@ -198,7 +198,7 @@ def check_state(runs: Runs) -> None:
     subject = runs.subject
     if not (hasattr(subject.cls, "state_dict") and runs.whole):
         return
-    from sdxl_host.training.state import pack, unpack
+    from sdxl_host.checkpoints.plugin_state import pack, unpack
 
     def packed(state: Any) -> tuple[Any, dict[str, np.ndarray]]:
         arrays: dict[str, np.ndarray] = {}

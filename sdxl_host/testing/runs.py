@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import importlib_metadata
 
-from sdxl_host import plugin_targets
-from sdxl_host import plugins as plugin_packages
-from sdxl_host.config import RunConfig, find_config, load, read_yaml
-from sdxl_host.plugins import normalize
+from sdxl_host.config import plugin_targets
+from sdxl_host.config.load import RunConfig, find_config, load, read_yaml
+from sdxl_host.plugins import discovery
+from sdxl_host.plugins.discovery import normalize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,9 +45,9 @@ class TinyRun:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The network's parameters in the last checkpoint, by name."""
-        from sdxl_host.weights import files
+        from sdxl_host.files.arrays import read_arrays
 
-        return files.read(self.checkpoint / "network.safetensors")
+        return read_arrays(self.checkpoint / "network.safetensors")
 
 
 @contextmanager
@@ -58,12 +58,12 @@ def only(names: Sequence[str]) -> Iterator[None]:
 
     def entry_points(**selection: Any) -> importlib_metadata.EntryPoints:
         found = everything(**selection)
-        known = everything(group=plugin_packages.GROUP)
+        known = everything(group=discovery.GROUP)
         packages = {_package(entry) for entry in known if normalize(entry.name) in seen}
         return importlib_metadata.EntryPoints(
             entry
             for entry in found
-            if (entry.group != plugin_packages.GROUP or normalize(entry.name) in seen)
+            if (entry.group != discovery.GROUP or normalize(entry.name) in seen)
             and (entry.group != plugin_targets.GROUP or _package(entry) in packages)
         )
 
@@ -75,7 +75,7 @@ def only(names: Sequence[str]) -> Iterator[None]:
 
 
 def _package(entry: importlib_metadata.EntryPoint) -> str:
-    return plugin_packages.package_name(entry.dist) if entry.dist else ""
+    return discovery.package_name(entry.dist) if entry.dist else ""
 
 
 def tiny_config(

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_host.config import RunConfig
+from sdxl_host.config.load import RunConfig
+from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import HostError, PluginError, did_you_mean
-from sdxl_host.hooks import Hooks, Plugin
-from sdxl_host.host import Defaults
-from sdxl_host.implementations import implementations
-from sdxl_host.inspection import check_metadata
-from sdxl_host.model import DiffusionModel
-from sdxl_host.options import build_options, first_line
-from sdxl_host.plugins import Installed, discover, import_class, make_instance, normalize
+from sdxl_host.plugins.defaults import Defaults
+from sdxl_host.plugins.discovery import Installed, discover, import_class, make_instance, normalize
+from sdxl_host.plugins.hooks import Hooks, Plugin
+from sdxl_host.plugins.inspection import check_metadata
+from sdxl_host.plugins.roles import implementations
+from sdxl_host.settings.options import build_options, first_line
 from sdxl_host.testing.runs import tiny_config
 
 __all__ = ["Subject", "check_array"]

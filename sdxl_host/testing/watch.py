@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
-from sdxl_host.hooks import Hooks
+from sdxl_host.plugins.hooks import Hooks
 
 __all__ = ["Call", "Watch"]
 

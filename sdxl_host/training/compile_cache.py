@@ -16,7 +16,7 @@ from pathlib import Path
 import importlib_metadata
 from omegaconf import OmegaConf
 
-from sdxl_host.config import RunConfig
+from sdxl_host.config.load import RunConfig
 
 __all__ = ["cache_folder", "use_compile_cache"]
 

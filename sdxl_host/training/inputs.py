@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from sdxl_host.diffusion.conditioning import PromptEmbedding
+from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.diffusion.objective import Noise, coefficients
 from sdxl_host.errors import PluginError
-from sdxl_host.hooks import Hooks
-from sdxl_host.model import DiffusionModel
-from sdxl_host.prompts import PromptEmbedding
+from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.training.batches import Batch
 
 __all__ = ["Inputs"]

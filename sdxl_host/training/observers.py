@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from sdxl_host.disk import sync
+from sdxl_host.checkpoints.layout import CHECKPOINTS, checkpoint_folder
+from sdxl_host.checkpoints.write import remove_older
 from sdxl_host.errors import DataError, HostError
-from sdxl_host.settings import TrainSettings
-from sdxl_host.training.checkpoint import CHECKPOINTS, checkpoint_folder, remove_older
-from sdxl_host.training.result import StepResult
+from sdxl_host.files.atomic import sync
+from sdxl_host.plugins.step_result import StepResult
+from sdxl_host.settings.schema import TrainSettings
 
 if TYPE_CHECKING:
-    from sdxl_host.sampling.sampler import PictureSampler
+    from sdxl_host.sampling.pipeline import PictureSampler
     from sdxl_host.training.trainer import Trainer
 
 __all__ = ["Agreement", "Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]

@@ -15,9 +15,9 @@ from __future__ import annotations
 import numpy as np
 
 from sdxl_host.errors import ConfigError
-from sdxl_host.settings import OptimSettings
-from sdxl_host.targets import build
-from sdxl_host.training.schedules import learning_rates
+from sdxl_host.settings.schema import OptimSettings
+from sdxl_host.settings.targets import build
+from sdxl_host.training.lr_schedulers import learning_rates
 
 __all__ = [
     "AdamW",

@@ -1,54 +1,169 @@
-"""A plugin's state as JSON with its arrays beside it: nothing is pickled, nothing is guessed."""
+"""What a checkpoint holds of a trainer: taken from it, and given back to a new one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
+import mindspore as ms
 import numpy as np
+from mindspore import Parameter, Tensor
 
-__all__ = ["pack", "unpack"]
+from sdxl_host.checkpoints.layout import AVERAGES_FILE, OPTIMIZER_FILE
+from sdxl_host.checkpoints.open import Checkpoint
+from sdxl_host.checkpoints.write import Contents
+from sdxl_host.errors import ConfigError, in_brief
+from sdxl_host.files.arrays import FetchedArrays
+from sdxl_host.files.tensors import open_safetensors
+from sdxl_host.training.summary import plugin_list, record
 
-_ARRAY = "__array__"
-_SAVED = (
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64"),
-)
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from sdxl_host.config.load import RunConfig
+    from sdxl_host.training.trainer import Trainer
+
+__all__ = ["give_back", "take"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+_ARRAYS = " of the optimizer's arrays"
 
 
-def pack(state: Any, arrays: dict[str, np.ndarray], where: str = "state") -> Any:
-    """`state` as JSON values; its arrays go into `arrays`, each by a name that stands for it.
+def take(trainer: Trainer) -> Contents:
+    """All that a run needs to go on, in float32 whatever the parameters are kept in.
 
-    Takes str, int, float, bool, None, lists, dicts with str keys and numpy arrays. Raises
-    TypeError naming the place of anything else.
+    Its arrays are those of the moment in which they are asked for.
     """
-    if state is None or type(state) in (str, int, float, bool):
-        return state
-    if isinstance(state, np.ndarray):
-        if state.dtype.name not in _SAVED:
-            raise TypeError(f"{where} is an array of {state.dtype.name}; only numbers can be saved")
-        # A number first, because two places can spell the same: {"a.b": x} and {"a": {"b": x}}.
-        name = f"{len(arrays)} {where}"
-        arrays[name] = state
-        return {_ARRAY: name}
-    if isinstance(state, list):
-        return [pack(item, arrays, f"{where}[{index}]") for index, item in enumerate(state)]
-    if isinstance(state, dict):
-        for key in state:
-            if not isinstance(key, str) or key == _ARRAY:
-                raise TypeError(f"{where} has the key {key!r}; keys must be text")
-        return {key: pack(item, arrays, f"{where}.{key}") for key, item in state.items()}
-    raise TypeError(
-        f"{where} is a {type(state).__name__}; only str, int, float, bool, None, lists, dicts and "
-        "numpy arrays can be saved"
+    values, averages = trainer.cell.values(), trainer.cell.average_values()
+    named = trainer.parts.network.items()
+    network = _held({name: values.get(id(p), p) for name, p in named})
+    optimizer = {p.name: p for p in trainer.cell.state_parameters()}
+
+    def export(folder: Path) -> None:
+        for change in trainer.model.changes:
+            if change.export is not None:
+                change.export(network, folder)
+
+    return Contents(
+        step=trainer.step,
+        config=trainer.folder.settings,
+        network=network,
+        frozen=_held(trainer.parts.frozen),
+        averages=_held({name: averages[id(p)] for name, p in named if id(p) in averages}),
+        optimizer=_held(optimizer) if trainer.config.train.save_optimizer else None,
+        counts=trainer.guard.counts(),
+        plugin_states={**trainer.hooks.state_dict(), **trainer.states_ahead},
+        plugins=plugin_list(trainer.config),
+        record=record(trainer),
+        export=export,
     )
 
 
-def unpack(packed: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """What `pack` was given."""
-    if isinstance(packed, list):
-        return [unpack(item, arrays) for item in packed]
-    if isinstance(packed, dict):
-        if set(packed) == {_ARRAY}:
-            return arrays[packed[_ARRAY]]
-        return {key: unpack(item, arrays) for key, item in packed.items()}
-    return packed
+def give_back(trainer: Trainer, checkpoint: Checkpoint, is_lenient: bool) -> list[str]:
+    """Sets a new trainer, whose weights are those of the checkpoint already, to its step.
+
+    is_lenient: the user allows differences. What the checkpoint has no state of then begins anew,
+    what it has more is left out, and the lines returned name both. Otherwise ConfigError where what
+    is trained differs, or PluginError.
+    """
+    cell, optimizer = trainer.cell, checkpoint.optimizer_state()
+    values, saved = cell.average_values(), checkpoint.averages()
+    averages = {n: values[id(p)] for n, p in trainer.parts.network.items() if id(p) in values}
+    there = _shapes_in(checkpoint.folder / OPTIMIZER_FILE)
+    here = {p.name: tuple(p.shape) for p in cell.state_parameters()}
+    averages_there = _shapes_in(checkpoint.folder / AVERAGES_FILE)
+    averages_here = {name: tuple(p.shape) for name, p in averages.items()}
+    differences = [
+        *_differences(there, here),
+        *(f"the average of {line}" for line in _differences(averages_there, averages_here)),
+    ]
+    if differences and not is_lenient:
+        raise _refusal(checkpoint, trainer.config, differences)
+    fitting = [name for name in here if there.get(name) == here[name]]
+    cell.load_state(FetchedArrays(fitting, optimizer.__getitem__))
+    for name, parameter in averages.items():
+        if averages_there.get(name) == averages_here[name]:
+            parameter.set_data(Tensor(saved[name]))
+    notes = [*_optimizer_notes(there, here), *_average_notes(averages_there, averages_here)]
+    trainer.guard.load_counts(checkpoint.counts)
+    notes += trainer.hooks.load_state_dict(checkpoint.plugin_states(), is_lenient)
+    trainer.step = checkpoint.step
+    return notes
+
+
+def _shapes_in(file: Path) -> Shapes:
+    """Of a file's arrays, by name; none where there is no file."""
+    return dict(open_safetensors(file).shapes) if file.is_file() else {}
+
+
+def _differences(there: Shapes, here: Shapes) -> Iterator[str]:
+    for name in {**here, **there}:
+        if there.get(name) != here.get(name):
+            shapes = [f"of shape {s[name]}" if name in s else "missing" for s in (there, here)]
+            yield f"{name} is {shapes[0]} there and {shapes[1]} here"
+
+
+def _refusal(checkpoint: Checkpoint, config: RunConfig, differences: Sequence[str]) -> ConfigError:
+    """Settings are the same, so it is plugins that now choose other parameters to train."""
+    now = {plugin["name"]: plugin["version"] for plugin in plugin_list(config)}
+    earlier = [
+        f"{plugin['name']} {plugin['version']} in place of {now[plugin['name']]}"
+        for plugin in checkpoint.plugins
+        if now.get(plugin["name"], plugin["version"]) != plugin["version"]
+    ]
+    return ConfigError(
+        f"--resume {checkpoint.folder}: other parameters were trained than this run trains: "
+        f"{in_brief(differences, 1)}; go on with "
+        f"{', '.join(earlier) or 'the plugins as they were'}, or with these by --allow_changes True"
+    )
+
+
+def _optimizer_notes(there: Shapes, here: Shapes) -> Iterator[str]:
+    """What begins anew, and what is left out."""
+    anew, left = _apart(there, here)
+    if anew:
+        verb = "begins" if len(anew) == 1 else "begin"
+        yield f"{_named(anew, _ARRAYS)} {verb} anew"
+    if left:
+        verb = "is" if len(left) == 1 else "are"
+        yield f"{_named(left, _ARRAYS)} {verb} left out"
+
+
+def _average_notes(there: Shapes, here: Shapes) -> Iterator[str]:
+    """The same of the moving averages; without names where it is all of them."""
+    anew, left = _apart(there, here)
+    if anew:
+        whose = "" if len(anew) == len(here) else f" of {_named(anew)}"
+        yield f"the moving average{whose} begins with these weights"
+    if left:
+        whose = "" if len(left) == len(there) else f" of {_named(left)}"
+        yield f"the moving average{whose} is left out"
+
+
+def _apart(there: Shapes, here: Shapes) -> tuple[list[str], list[str]]:
+    """Names of what begins anew here, and of what is there alone."""
+    anew = [name for name in here if there.get(name) != here[name]]
+    return anew, [name for name in there if name not in here]
+
+
+def _named(names: Sequence[str], whole: str = "") -> str:
+    """`a`, `a and b`, `a, b and c`, or `a, b and 7 more` and what they are parts of."""
+    if len(names) > 3:
+        return f"{names[0]}, {names[1]} and {len(names) - 2} more{whole}"
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def _held(parameters: Mapping[str, Parameter]) -> FetchedArrays:
+    """The values of parameters, those in 16 bits as float32."""
+
+    def fetch(name: str) -> np.ndarray:
+        array = parameters[name].asnumpy()
+        if parameters[name].dtype in (ms.float16, ms.bfloat16):
+            array = array.astype(np.float32)
+        # On a CPU it is the parameter's own memory, which an exporter must not write into.
+        shown = array.view()
+        shown.flags.writeable = False
+        return shown
+
+    return FetchedArrays(parameters, fetch)

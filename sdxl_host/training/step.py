@@ -14,8 +14,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from sdxl_host.models.precision import LARGEST_LOSS_SCALE
 from sdxl_host.training.optimizer import Optimizer
-from sdxl_host.training.precision import LARGEST_LOSS_SCALE
 
 __all__ = ["StepRunner", "TrainStep", "decayed"]
 

@@ -16,17 +16,26 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from sdxl_host.assembly import check_fit, make_hooks, make_parts, open_weight
-from sdxl_host.config import RunConfig
+from sdxl_host.checkpoints.layout import CHECKPOINTS
+from sdxl_host.checkpoints.write import save_checkpoint
+from sdxl_host.config.load import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
-from sdxl_host.sampling.sampler import Conditions, PictureSampler
-from sdxl_host.targets import build
-from sdxl_host.training import report, sink, snapshot
+from sdxl_host.models.precision import (
+    LOSS_SCALE,
+    check_precision,
+    halve_parameters,
+    is_scaled,
+    set_precision,
+)
+from sdxl_host.plugins.hooks import make_hooks
+from sdxl_host.plugins.step_result import StepResult
+from sdxl_host.sampling.pipeline import Conditions, PictureSampler
+from sdxl_host.settings.targets import build
+from sdxl_host.training import data_sink, state, summary
 from sdxl_host.training.batches import Batches
-from sdxl_host.training.checkpoint import CHECKPOINTS, save_checkpoint
+from sdxl_host.training.distributed import Workers
 from sdxl_host.training.inputs import Inputs
-from sdxl_host.training.interruption import Interruption
 from sdxl_host.training.observers import (
     Agreement,
     Checkpoints,
@@ -36,17 +45,11 @@ from sdxl_host.training.observers import (
     Progress,
 )
 from sdxl_host.training.optimizer import averaging_shares, configured
-from sdxl_host.training.precision import (
-    LOSS_SCALE,
-    check_precision,
-    halve_parameters,
-    is_scaled,
-    set_precision,
-)
-from sdxl_host.training.result import StepResult
-from sdxl_host.training.resume import RunFolder, find_checkpoint
+from sdxl_host.training.resume import find_checkpoint
+from sdxl_host.training.run_folder import RunFolder
+from sdxl_host.training.signals import Interruption
 from sdxl_host.training.step import StepRunner, TrainStep
-from sdxl_host.training.workers import Workers
+from sdxl_host.weights.parts import check_fit, make_parts, open_weight
 
 __all__ = ["Trainer"]
 
@@ -88,7 +91,7 @@ class Trainer:
             config.data.per_batch_size * settings.gradient_accumulation_steps * self.workers.count
         )
         checkpoint, changes = find_checkpoint(
-            config, report.samples_of(self.batch_size, self.dataset)
+            config, summary.samples_of(self.batch_size, self.dataset)
         )
         source = open_weight(settings.weight) if checkpoint is None else None
         with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
@@ -98,14 +101,14 @@ class Trainer:
         optimizer, rates = configured(
             config.optim, self.total_steps, self.batch_size if settings.scale_lr else 1
         )
-        self.hooks = make_hooks(config)
+        self.hooks = make_hooks(config.plugins)
         self.model = self.hooks.build_model(config.tree)
         side = self.dataset.target_size
         check_fit(self.model, (side, side), "data.dataset_config.params.target_size")
         if settings.data_sink:
-            sink.check(config, self.hooks, self.model, checkpoint.step if checkpoint else 0)
+            data_sink.check(config, self.hooks, self.model, checkpoint.step if checkpoint else 0)
         self.workers.agree(
-            report.digest(config, self.dataset, checkpoint),
+            summary.digest(config, self.dataset, checkpoint),
             "settings, plugins, captions or checkpoint",
         )
         self.folder = RunFolder(config, checkpoint, self.workers)
@@ -136,16 +139,18 @@ class Trainer:
         self.states_ahead: dict[str, Any] = {}
         self.step = 0
         if checkpoint is not None:
-            changes += snapshot.give_back(self, checkpoint, is_lenient=settings.allow_changes)
+            changes += state.give_back(self, checkpoint, is_lenient=settings.allow_changes)
         self._feed = partial(
-            sink.device_queue, queue_size=settings.sink_queue_size, jit_level=settings.jit_level
+            data_sink.device_queue,
+            queue_size=settings.sink_queue_size,
+            jit_level=settings.jit_level,
         )
         self._inputs = Inputs(self.hooks, self.model, places, config.data.per_batch_size)
         self._eager = settings.ms_mode == 1
         self._run_step = StepRunner(self.cell, self._eager, settings.jit_level)
         self._sampler: PictureSampler | None = None
-        self.curve_lines, self.plugin_notes = report.plugin_lines(config, checkpoint)
-        for line in report.start_lines(self, optimizer, checkpoint, changes, source):
+        self.curve_lines, self.plugin_notes = summary.plugin_lines(config, checkpoint)
+        for line in summary.start_lines(self, optimizer, checkpoint, changes, source):
             self._say(line)
 
     # ---- the run
@@ -180,7 +185,7 @@ class Trainer:
         )
         is_done = self.step == self.total_steps
         if not self._eager and not is_done:
-            self._say(report.compiling(settings.compile_cache))
+            self._say(summary.compiling(settings.compile_cache))
         started = time.monotonic()
         try:
             make = self._sunk_steps if settings.data_sink else self._steps
@@ -202,7 +207,7 @@ class Trainer:
         if self._stop_reason is not None:
             self._say(f"stopped after step {self.step}: {self._stop_reason}")
         seconds = time.monotonic() - started
-        for line in report.end_lines(self, seconds, checkpoints.last, grids.last):
+        for line in summary.end_lines(self, seconds, checkpoints.last, grids.last):
             self._say(line)
         # The launcher kills all workers when one ends with an error, rank 0 at its saving too.
         number = self._interruption.number
@@ -229,7 +234,7 @@ class Trainer:
     def _sunk_steps(self, batches: Batches) -> Generator[StepResult, None, None]:
         """Makes `sink_size` steps in a call; see `sink`."""
         size, first = self.config.train.sink_size, self.step + 1
-        self._inputs.encode = sink.FixedCaptions(self.hooks, self.model, self.dataset)
+        self._inputs.encode = data_sink.FixedCaptions(self.hooks, self.model, self.dataset)
 
         def prepared() -> Iterator[tuple[Any, Sequence[np.ndarray]]]:
             for batch in map(batches.batch, range(first, self.total_steps + 1)):
@@ -237,9 +242,9 @@ class Trainer:
                 (arrays,) = self._inputs.arrays(batch, noise, weights)
                 yield (batch.step, noise, weights, batch.names), arrays
 
-        step = sink.SinkStep(self.cell, size, self.batch_size)
+        step = data_sink.SinkStep(self.cell, size, self.batch_size)
         calls = (self.total_steps - self.step) // size
-        outputs = sink.outputs(step, prepared(), calls, self._feed, self.hooks.state_dict)
+        outputs = data_sink.outputs(step, prepared(), calls, self._feed, self.hooks.state_dict)
         observing = self.hooks.observing_plugins()
         for own, given, self.is_at_rest, states in outputs:
             # A plugin that observes is told of this step only now, and answers nothing ahead of it.
@@ -289,7 +294,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder."""
-        return save_checkpoint(self.save_path / CHECKPOINTS, snapshot.take(self))
+        return save_checkpoint(self.save_path / CHECKPOINTS, state.take(self))
 
     # ---- the beginning
 

@@ -21,17 +21,18 @@ os.environ.setdefault("GLOG_v", "3")
 
 import numpy as np
 
-from sdxl_host.assembly import make_hooks, make_parts, open_weight
 from sdxl_host.cli import main as command
-from sdxl_host.config import load
+from sdxl_host.config.load import load
 from sdxl_host.device import prepare_device
-from sdxl_host.prompts import PromptEmbedding
+from sdxl_host.diffusion.conditioning import PromptEmbedding
+from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.randomness import Stream, normals
-from sdxl_host.sampling.restore import restore_sampler
+from sdxl_host.sampling.load import restore_sampler
 from sdxl_host.sampling.samplers import noise_levels
+from sdxl_host.weights.parts import make_parts, open_weight
 
 if TYPE_CHECKING:
-    from sdxl_host.model import DiffusionModel
+    from sdxl_host.diffusion.model import DiffusionModel
 
 _EMBEDDERS = "model.params.conditioner_config.params.emb_models"
 # The packaged config of SDXL's base at the widths of make_pipeline.py.
@@ -111,7 +112,7 @@ def outputs(weights: Path) -> dict[str, np.ndarray]:
     from mindspore import Tensor
 
     settings = load(SETTINGS)
-    model = make_hooks(settings).build_model(settings.tree)
+    model = make_hooks(settings.plugins).build_model(settings.tree)
     make_parts(model, 0, open_weight(str(weights)))
     generator = np.random.default_rng(7)
     arrays = unet_outputs(model, generator)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from sdxl_host.cli import main as command
 from sdxl_host.device import prepare_device
-from sdxl_host.sampling.restore import restore_sampler
+from sdxl_host.sampling.load import restore_sampler
 
 # A scale alpha / rank of 1.5, which a reader that leaves alpha out would not apply.
 PLUGINS = ["--plugins", "lora,edm,snr", "--lora_rank", "4", "--lora_alpha", "6"]

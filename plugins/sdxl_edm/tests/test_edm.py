@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sdxl_host import DiffusionModel, DiscreteDistribution, Sampling, Schedule, hookimpl
+from sdxl_host.diffusion.model import Lazy
 from sdxl_host.diffusion.objective import coefficients
 from sdxl_host.diffusion.preconditioning import (
     EpsPreconditioning,
@@ -18,10 +19,9 @@ from sdxl_host.diffusion.preconditioning import (
     VPreconditioning,
 )
 from sdxl_host.errors import ConfigError, PluginError
-from sdxl_host.hooks import Hooks, Plugin
-from sdxl_host.model import Lazy
-from sdxl_host.options import build_options
-from sdxl_host.plugins import Installed
+from sdxl_host.plugins.discovery import Installed
+from sdxl_host.plugins.hooks import Hooks, Plugin
+from sdxl_host.settings.options import build_options
 
 from sdxl_edm import EDM, EDMPreconditioning, LogNormal, Options
 from sdxl_edm.targets import options as options_of

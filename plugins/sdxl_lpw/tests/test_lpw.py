@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sdxl_host import Encoders, PromptEmbedding, encode_plain, hookimpl
 from sdxl_host.errors import ConfigError
-from sdxl_host.hooks import Hooks, Plugin
-from sdxl_host.options import build_options
-from sdxl_host.plugins import Installed
+from sdxl_host.plugins.discovery import Installed
+from sdxl_host.plugins.hooks import Hooks, Plugin
+from sdxl_host.settings.options import build_options
 
 from sdxl_lpw import LongPrompts, Options
 from sdxl_lpw.chunks import cut, kept_positions

@@ -10,9 +10,9 @@ import pytest
 from sdxl_host import DiscreteDistribution, Distribution, Noise, Schedule, hookimpl
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
 from sdxl_host.errors import ConfigError
-from sdxl_host.hooks import Hooks, Plugin
-from sdxl_host.options import build_options
-from sdxl_host.plugins import Installed
+from sdxl_host.plugins.discovery import Installed
+from sdxl_host.plugins.hooks import Hooks, Plugin
+from sdxl_host.settings.options import build_options
 
 from sdxl_snr import MinSNR, Options
 

@@ -274,7 +274,7 @@ def merged(base: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
 def networks(adapted: TinyRun, plain: tuple[TinyRun, Any]) -> tuple[Any, Any]:
     """The run's network with its adapters, and one without into which its file is merged."""
     from mindspore import Tensor
-    from sdxl_host.sampling.restore import restore_sampler
+    from sdxl_host.sampling.load import restore_sampler
     from sdxl_host.weights.names import single_file_parameters
 
     first = restore_sampler(adapted.checkpoint)[0].model.network
@@ -310,8 +310,8 @@ def test_adapters_compute_in_float16_with_the_rest(
     level: str, adapted: TinyRun, networks: tuple[Any, Any]
 ) -> None:
     import mindspore as ms
-    from sdxl_host.sampling.restore import restore_sampler
-    from sdxl_host.training.precision import apply_precision
+    from sdxl_host.models.precision import apply_precision
+    from sdxl_host.sampling.load import restore_sampler
 
     network = restore_sampler(adapted.checkpoint)[0].model.network
     apply_precision(network, level)
@@ -338,7 +338,7 @@ def test_a_compiled_layer_computes_what_an_eager_one_does(networks: tuple[Any, A
 
 def test_the_checkpoint_is_not_taken_for_weights_of_an_ordinary_network(adapted: TinyRun) -> None:
     """By convert and --weight alike: nothing of the adapters is dropped without a word."""
-    from sdxl_host.weights.source import open_weights
+    from sdxl_host.weights.open import open_weights
 
     with pytest.raises(DataError, match=r"added 64 tensors .*\(build_model: host -> lora\)"):
         open_weights(adapted.checkpoint)

@@ -1,0 +1,1 @@
+"""A run's checkpoints: written, opened, and removed; the states of plugins in them."""

@@ -1,0 +1,1 @@
+"""How YAML, overrides and flags become one `RunConfig`."""

@@ -1,0 +1,1 @@
+"""What `sdxl-host doctor` looks at on a machine and in an installation."""

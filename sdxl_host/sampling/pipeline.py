@@ -1,0 +1,164 @@
+"""Prompts to pictures with a model's own networks and the hooks it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from sdxl_host.diffusion.conditioning import PromptEmbedding, unconditional
+from sdxl_host.diffusion.model import DiffusionModel
+from sdxl_host.diffusion.objective import denoise
+from sdxl_host.plugins.hooks import Hooks
+from sdxl_host.randomness import Stream, normals
+from sdxl_host.sampling.samplers import noise_levels, sample
+
+__all__ = ["KEYS", "Conditions", "PictureSampler"]
+
+# Pictures drawn at a time, and their latents' pixels together. All batches of a call have one
+# shape, so the network is compiled once.
+_BATCH = 8
+_BATCH_PIXELS = 8 * 64 * 64
+
+
+# The conditioner's input for each condition that a model may lack.
+KEYS = {
+    "original_size": "original_size_as_tuple",
+    "crop_top_left": "crop_coords_top_left",
+    "target_size": "target_size_as_tuple",
+    "aesthetic_score": "aesthetic_score",
+    "negative_aesthetic_score": "aesthetic_score",
+}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the network is told of a picture besides its prompt.
+
+    size: (height, width) of the picture in pixels. original_size: what its size was before it was
+    resized; what the model was trained on serves best. crop_top_left: (top, left) of the crop.
+    target_size: None for `size`. aesthetic_score, negative_aesthetic_score: for a model with that
+    condition, of the prompt and of what guidance leads away from; defaults as the refiner is used.
+    """
+
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+
+
+class PictureSampler:
+    """Draws pictures; the network is compiled when first used and sees later updates of it."""
+
+    def __init__(
+        self,
+        hooks: Hooks,
+        model: DiffusionModel,
+        conditions: Conditions,
+        eager: bool = False,
+    ) -> None:
+        self._hooks = hooks
+        self.model = model
+        self._conditions = conditions
+        self._latent = [length // model.first_stage.downsampling for length in conditions.size]
+        self._most = min(_BATCH, max(1, _BATCH_PIXELS // (self._latent[0] * self._latent[1])))
+        self._network = model.network if eager else ms.jit(model.network.construct)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        *,
+        negative_prompt: str | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+    ) -> np.ndarray:
+        """(len(prompts), 3, H, W) float32 pixels, about in [-1, 1].
+
+        Picture i is a function of prompt i, `seed` and i, but for float32 rounding, which may
+        depend on how many are drawn together. The noise is of streams that training
+        never draws from. negative_prompt: what guidance leads away from; None for the zero
+        embedding. sampler, spacing: names in `samplers`; None for the model's own.
+        """
+        sampler = sampler or self.model.sampling.sampler
+        sigmas = noise_levels(self.model.sampling, self.model.schedule, steps, spacing)
+        size = min(self._most, len(prompts))
+        pictures = []
+        for start in range(0, len(prompts), size):
+            chunk = list(prompts[start : start + size])
+            places = range(start, start + size)
+            filled = chunk + [""] * (size - len(chunk))
+            inputs = self._inputs(filled, guidance_scale, negative_prompt)
+
+            def noise(index: int, places: Sequence[int] = places) -> np.ndarray:
+                shape = (self.model.first_stage.channels, *self._latent)
+                return normals(seed, Stream.SAMPLING, index, places, shape)
+
+            x = noise(0) * np.float32(sigmas[0])
+            denoiser = self._guided(inputs, guidance_scale)
+            # Step i of an ancestral sampler draws the numbers after those of its start.
+            x = sample(sampler, denoiser, x, sigmas, lambda index, noise=noise: noise(index + 1))
+            pictures.append(self.model.first_stage.decode(x[: len(chunk)]))
+        return np.concatenate(pictures)
+
+    def _inputs(
+        self, prompts: list[str], scale: float, negative_prompt: str | None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The network's inputs for the prompts, and for the unconditional answer where guidance
+        needs it."""
+        conditional = self._hooks.encode_prompt(prompts, self.model.encoders)
+        inputs = [self._condition(conditional, self._conditions.aesthetic_score)]
+        if scale != 1.0:
+            negative = unconditional(conditional)
+            if negative_prompt is not None:
+                negative = self._hooks.encode_prompt(
+                    [negative_prompt] * len(prompts), self.model.encoders
+                )
+            inputs.append(self._condition(negative, self._conditions.negative_aesthetic_score))
+        return inputs
+
+    def _condition(self, embedding: PromptEmbedding, score: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Context, vector and mask as the network takes them."""
+        told = self._conditions
+        one = {
+            "original_size_as_tuple": told.original_size,
+            "crop_coords_top_left": told.crop_top_left,
+            "target_size_as_tuple": told.target_size or told.size,
+            "aesthetic_score": (score,),
+        }
+        sizes = {key: np.tile(values, (len(embedding.context), 1)) for key, values in one.items()}
+        vector = self.model.conditioner.vector(embedding, sizes)
+        mask = embedding.attended().astype(np.float32)
+        return Tensor(embedding.context), Tensor(vector), Tensor(mask)
+
+    def _answer(self, *inputs: Tensor) -> np.ndarray:
+        """The network's output in float32, whatever it computes in."""
+        return self._network(*inputs).asnumpy().astype(np.float32)
+
+    def _guided(
+        self, inputs: list[tuple[Tensor, Tensor, Tensor]], scale: float
+    ) -> Callable[[np.ndarray, float], np.ndarray]:
+        """D with classifier-free guidance (Ho and Salimans 2022): the unconditional answer plus
+        `scale` times the way from it to the conditional one."""
+        preconditioning = self.model.preconditioning
+
+        def denoiser(x: np.ndarray, sigma: float) -> np.ndarray:
+            s = np.float64(sigma)
+            scaled = Tensor((preconditioning.c_in(s) * x).astype(np.float32))
+            c_noise = Tensor(np.full(len(x), preconditioning.c_noise(s), np.float32))
+            answers = [
+                denoise(preconditioning, x, sigma, self._answer(scaled, c_noise, *given))
+                for given in inputs
+            ]
+            if len(answers) == 1:
+                return answers[0]
+            return answers[1] + scale * (answers[0] - answers[1])
+
+        return denoiser

@@ -1,0 +1,1 @@
+"""What may be set: options, the sections of a config, and the classes that a config may name."""

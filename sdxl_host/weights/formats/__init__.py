@@ -1,0 +1,1 @@
+"""The file formats of weights, each read and written under the single file's names."""

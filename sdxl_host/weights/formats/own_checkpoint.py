@@ -1,0 +1,119 @@
+"""Checkpoints of this program as weights: the files, what was trained, and by which plugins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdxl_host.errors import DataError
+from sdxl_host.files.tensors import Source, open_safetensors, over
+from sdxl_host.weights.architecture import (
+    NETWORK_PREFIX,
+    Architecture,
+    Encoder,
+    embedder_prefix,
+    infer,
+)
+from sdxl_host.weights.formats.diffusers_names import places
+from sdxl_host.weights.formats.single_file import without_extras
+from sdxl_host.weights.metadata import (
+    OBJECTIVE,
+    PLUGINS,
+    PROMPTS,
+    RESOLUTION,
+    SCALE_FACTOR,
+    SCHEDULER,
+)
+
+__all__ = ["open_own_checkpoint"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_CONDITIONER = "conditioner."
+
+
+def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
+    """The weights of a checkpoint folder, whose files are checked. Raises DataError, also where
+    plugins have added weights to the network, which no format has a place for.
+
+    use_averages: the moving averages, where the checkpoint keeps them, in place of the weights they
+    are of. metadata: the objective, the plugins with their options, who encodes prompts, and the
+    size.
+    """
+    # Late: it imports MindSpore, and the other formats do without.
+    from sdxl_host.checkpoints.layout import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
+    from sdxl_host.checkpoints.open import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    model: dict[str, Any] = checkpoint.settings["model"]["params"]
+    merged = over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
+    described = f"{folder} (checkpoint of step {checkpoint.step})"
+    if use_averages and checkpoint.has_averages:
+        merged = over(merged, open_safetensors(folder / AVERAGES_FILE))
+        described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
+    found = without_extras(merged, described)
+    architecture = _architecture(found.shapes, model)
+    _refuse_additions(folder, checkpoint.record["hooks"]["build_model"], found.shapes, architecture)
+    options: Mapping[str, Any] = checkpoint.settings.get("plugins") or {}
+    plugins = [{**each, "options": options.get(each["name"], {})} for each in checkpoint.plugins]
+    chain: str = checkpoint.record["hooks"]["encode_prompt"]
+    prompts = {
+        "encode_prompt": chain,
+        "options": {name: options[name] for name in chain.split(" -> ") if name in options},
+    }
+    height, width = checkpoint.record["size"]
+    scheduler = checkpoint.record.get("scheduler")
+    return replace(
+        found,
+        metadata={
+            OBJECTIVE: str(checkpoint.record["preconditioning"]),
+            PLUGINS: json.dumps(plugins),
+            PROMPTS: json.dumps(prompts),
+            RESOLUTION: f"{width}x{height}",
+            **({SCHEDULER: json.dumps(scheduler)} if scheduler else {}),
+            SCALE_FACTOR: str(model.get("scale_factor", 1.0)),
+        },
+        architecture=architecture,
+    )
+
+
+def _refuse_additions(folder: Path, chain: str, shapes: Shapes, architecture: Architecture) -> None:
+    """Raises DataError where the network has more weights than the architecture.
+
+    chain: who built the model. Without the others' weights the network would compute something
+    else, and only the plugin knows how they act.
+    """
+    known = places(replace(architecture, autoencoder=None, encoders=()))
+    added = [n for n in shapes if n.startswith(NETWORK_PREFIX) and n not in known]
+    if added:
+        raise DataError(
+            f"{folder}: plugins have added {len(added):,} tensors to the network, such as "
+            f"{added[0]} (build_model: {chain}), and weights without them would be another model; "
+            "use the file that the plugin writes into the folder beside the weights that training "
+            "started from, draw with sdxl-host sample --checkpoint, or go on with --resume"
+        )
+
+
+def _architecture(shapes: Shapes, params: Mapping[str, Any]) -> Architecture:
+    """Sizes from the shapes; the attention heads, which shapes do not show, from the config."""
+    network = infer(
+        {name: shape for name, shape in shapes.items() if not name.startswith(_CONDITIONER)},
+        head_width=params["network_config"]["params"].get("num_head_channels", 64),
+    )
+    nodes: list[dict[str, Any]] = params["conditioner_config"]["params"]["emb_models"]
+    text = [node.get("params") or {} for node in nodes if node.get("input_key") == "txt"]
+    return replace(
+        network,
+        encoders=tuple(_encoder(shapes, index, settings) for index, settings in enumerate(text)),
+    )
+
+
+def _encoder(shapes: Shapes, index: int, settings: Mapping[str, Any]) -> Encoder:
+    own, first = embedder_prefix(index), embedder_prefix(0)
+    alone = {first + n[len(own) :]: shape for n, shape in shapes.items() if n.startswith(own)}
+    if "heads" not in settings:
+        return infer(alone).encoders[0]
+    return infer(alone, head_width=settings["width"] // settings["heads"]).encoders[0]

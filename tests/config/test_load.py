@@ -1,0 +1,708 @@
+"""Config and command line: four layers, one tree, and nothing ignored silently."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from sdxl_host.config.load import DEFAULT_CONFIG, load, packaged_configs, restore
+from sdxl_host.errors import ConfigError, HostError
+from sdxl_host.settings.schema import NOT_YET
+
+# No plugin is installed as far as these tests see.
+pytestmark = pytest.mark.usefixtures("site")
+
+SIZE = "data.dataset_config.params.transforms[0].params.size"
+
+
+def default() -> dict[str, Any]:
+    return yaml.safe_load((packaged_configs() / DEFAULT_CONFIG).read_text("utf-8"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config file and gives the arguments that name it.
+
+    Text is written as it is; keywords replace sections of the default config (None removes one).
+    """
+
+    def write(text: str | bytes | None = None, **sections: Any) -> list[str]:
+        file = tmp_path / "mine.yaml"
+        if text is None:
+            tree = {**default(), **sections}
+            text = yaml.safe_dump({k: v for k, v in tree.items() if v is not None}, sort_keys=False)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return ["--config", str(file)]
+
+    return write
+
+
+def refuse(arguments: list[str], message: str) -> str:
+    with pytest.raises(ConfigError, match=message) as refused:
+        load(arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize("flag", [None, 7])
+@pytest.mark.parametrize("override", [None, 5])
+@pytest.mark.parametrize("in_file", [None, 3])
+@pytest.mark.parametrize("flag_first", [True, False])
+def test_defaults_then_file_then_overrides_then_flags(write, in_file, override, flag, flag_first):
+    """The later layer wins wherever it stands in the line."""
+    data = default()["data"]
+    del data["per_batch_size"]
+    if in_file:
+        data["per_batch_size"] = in_file
+    words = [f"data.per_batch_size={override}"] if override else []
+    flags = ["--per_batch_size", str(flag)] if flag else []
+    words = flags + words if flag_first else words + flags
+    config = load([*write(data=data), *words])
+    assert config.data.per_batch_size == (flag or override or in_file or 1)
+    assert config.tree.data.per_batch_size == config.data.per_batch_size
+
+
+def test_a_layer_changes_what_it_names_and_nothing_else():
+    before = OmegaConf.to_container(load([]).tree)
+    after = OmegaConf.to_container(load(["optim.base_learning_rate=1e-5", "--seed", "7"]).tree)
+    before["optim"]["base_learning_rate"] = 1e-5
+    before["train"]["seed"] = 7
+    assert after == before
+
+
+def test_the_last_of_two_overrides_stands():
+    assert load(["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_the_tree_is_read_only():
+    with pytest.raises(Exception, match="read-only"):
+        load([]).tree.train.seed = 1
+
+
+def test_the_settings_hold_every_default():
+    """What neither file nor line sets is in the tree too, so a saved tree says all."""
+    tree = load([]).tree
+    assert tree.train.device_target == "auto"
+    assert tree.train.sample_prompts == []
+    assert tree.plugins == {}
+
+
+# ---- dotted overrides
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_overrides_may_stand_anywhere(place):
+    words = [["--clip_grad"], ["--seed", "3"], ["--save_path", "out"]]
+    words.insert(place, ["optim.base_learning_rate=1e-5"])
+    config = load([word for group in words for word in group])
+    assert config.optim.base_learning_rate == 1e-5
+    assert config.train.clip_grad is True
+    assert config.train.seed == 3
+    assert config.train.save_path == "out"
+
+
+def test_an_override_after_a_bare_switch_is_not_its_value():
+    config = load(["train.clip_grad=False", "--clip_grad", "optim.base_learning_rate=1e-5"])
+    assert config.train.clip_grad is True
+    assert config.optim.base_learning_rate == 1e-5
+
+
+def test_overrides_reach_into_lists():
+    config = load([f"{SIZE}=64", "model.params.network_config.params.channel_mult[1]=3"])
+    assert config.data.dataset_config["params"]["transforms"][0]["params"]["size"] == 64
+    assert config.tree.model.params.network_config.params.channel_mult == [1, 3, 4]
+    assert config.data.dataset_config["params"]["transforms"][3]["params"] == {"type": "hwc2chw"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("1e-5", 1e-5),
+        ("-2", -2),
+        ("True", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("{a: 1}", {"a": 1}),
+        ("a=b", "a=b"),
+        ("a b", "a b"),
+        ("'3'", "3"),
+    ],
+)
+def test_an_override_is_read_as_yaml_would(text, value):
+    tree = OmegaConf.to_container(load([f"model.params.anything={text}"]).tree)
+    assert tree["model"]["params"]["anything"] == value
+    assert type(tree["model"]["params"]["anything"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trian.seed=1", r"^trian\.seed: there is no such section \(did you mean train\?\)"),
+        ("train.sede=1", r"^train\.sede: .*did you mean seed\?"),
+        ("optim.base_learning_rat=1", r"did you mean base_learning_rate\?"),
+        (f"{SIZE.replace('[0]', '[9]')}=1", r"transforms\[9\].*: can't be set: .*out of range"),
+        ("data.dataset_config.params.transforms.first=1", r"can't be set"),
+        ("train.sample_prompts=[a", r"^train\.sample_prompts=\[a: can't be set"),
+        ("train.seed=x", r"^train\.seed: 'x' does not fit its type, int"),
+        ("train.seed=", r"^train\.seed: None does not fit its type, int"),
+        ("train.seed=1.5", r"^train\.seed: 1\.5 does not fit its type, int"),
+        ("train.clip_grad=1", r"^train\.clip_grad: 1 does not fit its type, bool"),
+        ("train.seed=-1", r"^train\.seed: -1 is out of range; it must be at least 0"),
+        ("optim.base_learning_rate=0", r"^optim\.base_learning_rate: 0.* must be above 0"),
+        ("optim.base_learning_rate=.nan", r"^optim\.base_learning_rate: nan is not a finite"),
+        ("train.device_target=GPU", r"^train\.device_target: 'GPU'.*auto, CPU, Ascend"),
+        ("train.seed=???", r"^train\.seed: '\?\?\?' does not fit its type, int"),
+        ("train.save_path=???", r"^train: .*save_path"),
+        ("data.per_batch_size.x=1", r"^data\.per_batch_size: "),
+        ("seed=1", r"^seed=1: not understood"),
+        ("word", r"^word: not understood"),
+    ],
+)
+def test_an_override_that_fits_nowhere_is_refused(word, message):
+    refuse([word], message)
+
+
+@pytest.mark.parametrize("text", ["5", "1.50", "007", "1e-5", "True", "off"])
+def test_a_word_may_look_like_a_number_on_the_command_line(text):
+    """A shell takes the quotes off that a file would have; the last override counts."""
+    assert load(["train.save_path=x", f"train.save_path={text}"]).train.save_path == text
+    assert load([f"train.save_path={text}", "train.save_path=x"]).train.save_path == "x"
+    assert load([f"train.save_path={text}", "--save_path", "x"]).train.save_path == "x"
+
+
+def test_a_number_for_a_word_in_a_file_is_refused(write):
+    refuse(write(train={"save_path": 5}), r'^train\.save_path: 5 does not fit.*in quotes, "5"$')
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("words", [["--seed=7"], ["--seed", "7"]])
+def test_a_flag_takes_its_value_after_an_equals_sign_or_a_space(words):
+    assert load(words).train.seed == 7
+
+
+def test_hyphens_in_flags_read_as_underscores():
+    assert load(["--save-path", "there"]).train.save_path == "there"
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--clip_grad"], True),
+        (["--clip_grad", "--seed", "1"], True),
+        (["--clip_grad", "True"], True),
+        (["--clip_grad", "true"], True),
+        (["--clip_grad", "yes"], True),
+        (["--clip_grad", "on"], True),
+        (["--clip_grad=True"], True),
+        (["--clip_grad", "False"], False),
+        (["--clip_grad", "no"], False),
+        (["--clip_grad=off"], False),
+    ],
+)
+def test_a_switch_alone_is_true_and_takes_a_truth_value(words, value):
+    assert load(["train.clip_grad=" + str(not value), *words]).train.clip_grad is value
+
+
+@pytest.mark.parametrize("words", [["--clip_grad", "maybe"], ["--clip_grad=maybe"]])
+def test_a_word_after_a_switch_that_is_no_truth_value_is_refused_with_the_flag(words):
+    refuse(words, r"^--clip_grad maybe: does not fit its type, bool; give True or False$")
+
+
+PATHS = {
+    "weight": "train.weight",
+    "resume": "train.resume",
+    "optimizer_weight": "train.optimizer_weight",
+    "save_path": "train.save_path",
+    "data_path": "data.dataset_config.params.data_path",
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_an_empty_path_of_the_command_line_is_refused(name):
+    """An unset variable leaves one; in a file it means none."""
+    told = r": is empty, as an unset variable is; give .*, or leave it out$"
+    for words in ([f"--{name}", ""], [f"--{name}="], [f"--{name}", " "]):
+        refuse(words, f"^--{name}{told}")
+    refuse([f"{PATHS[name]}="], f"^{re.escape(PATHS[name])}{told}")
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--seed=-1"]])
+def test_a_negative_number_is_a_value_and_not_a_flag(words):
+    """It reaches the check of the range, which here refuses it."""
+    refuse(words, r"^train\.seed: -1 is out of range")
+
+
+def test_values_may_begin_with_a_hyphen():
+    assert load(["--save_path", "-1"]).train.save_path == "-1"
+    assert load(["--save_path=--x"]).train.save_path == "--x"
+
+
+@pytest.mark.parametrize("value", ["a=b", "x.y=z", "model.ckpt"])
+def test_a_flags_value_may_hold_an_equals_sign(value):
+    assert load(["--weight", value]).train.weight == value
+    assert load([f"--weight={value}"]).train.weight == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--sample_prompts", "[a cat, a dog]"], ["a cat", "a dog"]),
+        (["--sample_prompts=[a cat]"], ["a cat"]),
+        (["--sample_prompts", "a cat"], ["a cat"]),
+        (["--sample_prompts", "a cat, a dog"], ["a cat, a dog"]),
+        (["--sample_prompts", "photo: a cat"], ["photo: a cat"]),
+        (["--sample_prompts", "@home"], ["@home"]),
+        (["--sample_prompts", "7"], ["7"]),
+        (["--sample_prompts", "[]"], []),
+    ],
+)
+def test_a_list_flag_takes_a_list_or_one_item(words, value):
+    assert load(words).train.sample_prompts == value
+
+
+def test_a_list_that_is_not_closed_is_refused():
+    with pytest.raises(HostError, match=r"^--sample_prompts \[a cat"):
+        load(["--sample_prompts", "[a cat"])
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--seed", "1", "--seed", "1"], "seed"),
+        (["--save-path", "a", "--save_path", "b"], "save_path"),
+        (["--clip_grad", "--clip_grad"], "clip_grad"),
+        (["--config", "a", "--config=b"], "config"),
+        (["--plugins", "none", "--plugins", "none"], "plugins"),
+    ],
+)
+def test_a_flag_given_twice_is_refused(words, flag):
+    refuse(words, rf"^--{flag}: given twice; give it once$")
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--seed"], "seed"),
+        (["--seed", "--clip_grad"], "seed"),
+        (["--save_path", "--seed", "1"], "save_path"),
+        (["--config"], "config"),
+        (["--plugins"], "plugins"),
+        (["--plugins", "--seed", "1"], "plugins"),
+        (["--config", "--seed", "1"], "config"),
+    ],
+)
+def test_a_missing_value_is_named(words, flag):
+    refuse(words, rf"^--{flag}: needs a value")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "x"], r"^--seed x: does not fit its type, int"),
+        (["--seed="], r"^--seed : does not fit its type, int"),
+        (["--seed", "1.5"], r"^--seed 1\.5: does not fit its type, int"),
+        (["--max_grad_norm", "x"], r"^--max_grad_norm x: does not fit its type, float"),
+        (["--max_grad_norm", "nan"], r"^train\.max_grad_norm: nan is not a finite number"),
+        (["--max_grad_norm", "0"], r"^train\.max_grad_norm: 0\.0 is out of range.* above 0"),
+        (["--per_batch_size", "0"], r"^data\.per_batch_size: 0 is out of range.* at least 1"),
+        (["--total_step", "0"], r"^data\.total_step: 0 is out of range"),
+        (["--ms_mode", "2"], r"^train\.ms_mode: 2 is out of range.* at most 1"),
+        (["--device_target", "GPU"], r"^--device_target GPU: .*one of auto, CPU, Ascend"),
+        (["--config="], r"^--config: needs a value"),
+        (["--save_path", "${"], r"^--save_path \$\{: can't be set: "),
+        (["--sede", "1"], r"^--sede: there is no such flag \(did you mean seed\?\)"),
+        (["--per_batch_siz", "1"], r"did you mean per_batch_size\?"),
+        (["--zzzz"], r"^--zzzz: there is no such flag; .*--help"),
+        (["--"], r"no such flag"),
+        (["--seed", str(2**64)], r"^train\.seed: .*out of range"),
+    ],
+)
+def test_a_flag_that_cant_be_used_is_refused(words, message):
+    refuse(words, message)
+
+
+def test_flags_have_one_home():
+    """--data_path is the dataset's, --per_batch_size and --total_step are data's."""
+    config = load(["--data_path", "there", "--per_batch_size", "2", "--total_step", "9"])
+    assert config.data.dataset_config["params"]["data_path"] == "there"
+    assert (config.data.per_batch_size, config.data.total_step) == (2, 9)
+
+
+def test_data_path_reaches_a_dataset_without_params(write):
+    data = {"dataset_config": {"target": "sdxl_host.Text2ImageDataset"}}
+    config = load([*write(data=data), "--data_path", "there"])
+    assert config.data.dataset_config["params"] == {"data_path": "there"}
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  a: [1\n  b: 2\n", r"mine\.yaml, line 3: not valid YAML: "),
+        ("model: {}\nmodel: {}\n", r"mine\.yaml, line 2: not valid YAML: .*duplicate key model"),
+        ("model: !!python/object/apply:os.getcwd []", r"mine\.yaml, line 1: not valid YAML"),
+        ("model:\n\tx: 1\n", r"mine\.yaml, line 2: not valid YAML"),
+        (b"model: \x00\n", r"mine\.yaml.*: not valid YAML"),
+        (b"model: \xff\n", r"mine\.yaml: can't be read: 'utf-8'"),
+        ("", r"mine\.yaml: has no section model; copy it from configs/default\.yaml"),
+        ("# nothing\n", r"mine\.yaml: has no section model"),
+        ("- 1\n- 2\n", r"mine\.yaml: holds no mapping"),
+        ("7\n", r"mine\.yaml: "),
+        ("word\n", r"mine\.yaml: "),
+        ("modle: {}\n", r"mine\.yaml: modle: .*did you mean model\?"),
+    ],
+)
+def test_a_file_that_cant_be_used_is_named_with_the_line(write, text, message):
+    refuse(write(text), message)
+
+
+@pytest.mark.parametrize("section", ["model", "optim", "data"])
+def test_a_missing_section_is_named(write, section):
+    refuse(write(**{section: None}), rf"mine\.yaml: has no section {section}; copy it from")
+
+
+@pytest.mark.parametrize("section", ["train", "plugins"])
+@pytest.mark.parametrize("value", [None, {}])
+def test_train_and_plugins_may_be_left_out(write, section, value):
+    assert OmegaConf.to_container(load(write(**{section: value})).tree[section]) is not None
+
+
+def test_an_empty_section_is_one_without_keys(write):
+    tree = default()
+    text = yaml.safe_dump({k: v for k, v in tree.items() if k not in ("train", "plugins")})
+    config = load(write(text + "train:\nplugins:\n"))
+    assert config.train.seed == 42
+    assert config.plugins == ()
+
+
+@pytest.mark.parametrize("section", ["train", "plugins", "optim", "data"])
+@pytest.mark.parametrize("value", [5, "x", [1]])
+def test_a_section_that_is_no_mapping_is_refused(write, section, value):
+    refuse(write(**{section: value}), rf"\b{section}:? must be a mapping, not")
+
+
+@pytest.mark.parametrize("flag", [["--seed", "1"], ["--per_batch_size", "2"], ["--data_path", "x"]])
+@pytest.mark.parametrize("section", ["train", "optim", "data"])
+def test_a_section_that_is_no_mapping_is_refused_whatever_flags_follow(write, section, flag):
+    refuse([*write(**{section: [5]}), *flag], rf"\b{section}:? must be a mapping, not")
+
+
+def test_an_unknown_key_of_the_file_is_refused_with_a_suggestion(write):
+    refuse(write(train={"save_pth": "x"}), r"^train\.save_pth: .*did you mean save_path\?")
+
+
+def test_the_dataset_and_the_optimizer_must_be_there(write):
+    refuse(write(data={"per_batch_size": 1}), r"^data\.dataset_config: needs a `target`")
+    refuse(write(optim={"base_learning_rate": 1.0}), r"^optim\.optimizer_config: needs a `target`")
+
+
+def test_processes_for_pictures_are_refused_with_the_remedy(write):
+    data = {**default()["data"], "python_multiprocessing": True}
+    refuse(write(data=data), r"^data\.python_multiprocessing: True is not supported.*False$")
+
+
+@pytest.mark.parametrize(
+    "name", ["configs/default.yaml", "./configs/default.yaml", "default.yaml", "learn_demo.yaml"]
+)
+def test_packaged_configs_are_found_from_an_empty_folder(tmp_path, monkeypatch, name):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    config = load(["--config", name])
+    expected = yaml.safe_load((packaged_configs() / Path(name).name).read_text("utf-8"))
+    assert config.data.total_step == expected["data"]["total_step"]
+    assert config.explicit_config == name
+    assert not os.listdir(empty)
+
+
+def test_a_file_on_disk_comes_before_a_packaged_one(tmp_path, monkeypatch, write):
+    file = Path(write(train={"seed": 99})[1])
+    (tmp_path / "configs").mkdir()
+    file.rename(tmp_path / "configs" / "default.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load(["--config", "configs/default.yaml"]).train.seed == 99
+    assert load([]).train.seed == 42  # without --config it is always the packaged one
+
+
+@pytest.mark.parametrize("name", ["configs/defualt.yaml", "nowhere/else.yaml", "configs", "."])
+def test_a_config_that_is_nowhere_is_refused_with_those_there_are(name):
+    said = refuse(["--config", name], r"^--config .*: there is no such file")
+    assert "configs/default.yaml" in said
+    assert ("did you mean configs/default.yaml?" in said) == ("defualt" in name)
+
+
+def test_explicit_config_is_empty_without_one():
+    assert load([]).explicit_config == ""
+
+
+# ---- interpolation
+
+
+def test_interpolation_between_keys_is_allowed(write):
+    """One size for the dataset and its transforms."""
+    data = default()["data"]
+    size = "${data.dataset_config.params.target_size}"
+    data["dataset_config"]["params"]["transforms"][0]["params"]["size"] = size
+    config = load([*write(data=data), "data.dataset_config.params.target_size=48"])
+    assert config.data.dataset_config["params"]["transforms"][0]["params"]["size"] == 48
+    assert "${" not in OmegaConf.to_yaml(config.tree)
+
+
+def test_interpolation_works_in_overrides():
+    config = load([f"{SIZE}=${{data.dataset_config.params.target_size}}"])
+    assert config.data.dataset_config["params"]["transforms"][0]["params"]["size"] == 32
+
+
+@pytest.fixture
+def resolver():
+    """A registered resolver that says whether it was called."""
+    calls: list[Any] = []
+
+    def spy(*arguments: Any) -> str:
+        calls.append(arguments)
+        return "secret"
+
+    OmegaConf.register_resolver("spy", spy)
+    yield calls
+    OmegaConf.clear_resolver("spy")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"weight": "${spy:HOME}"}}, []),
+        ({"train": {"weight": "a/${spy:}/b"}}, []),
+        ({"train": {"weight": "${train.${spy:seed}}"}}, []),
+        ({"train": {"sample_prompts": ["a", "${ spy:HOME }"]}}, []),
+        ({"model": "${spy:HOME}"}, []),
+        ({"train": "${spy:HOME}"}, []),
+        ({"plugins": "${spy:HOME}"}, []),
+        ({"plugins": {"snr": "${spy:HOME}"}}, []),
+        ({}, ["train.weight=${spy:HOME}"]),
+        ({}, ["model.params.x=[1, '${spy:HOME}']"]),
+        ({}, ["--weight", "${spy:HOME}"]),
+        ({}, ["--data_path=${spy:HOME}"]),
+        ({"train": {"save_path": "spy", "weight": "${${train.save_path}:HOME}"}}, []),
+        ({"data": "${spy:HOME}"}, ["--data_path", "x"]),
+        ({"data": "${spy:HOME}"}, ["data.per_batch_size=3"]),
+    ],
+)
+def test_resolvers_are_refused_wherever_they_stand_and_never_called(
+    site, write, resolver, sections, words
+):
+    site.add("snr", "gamma: float = 5.0")
+    with pytest.raises(ConfigError, match="calls a resolver, which a config may not"):
+        load([*write(**sections), *words])
+    assert resolver == []
+
+
+def test_two_texts_may_not_make_a_resolver_together(write, resolver):
+    train = {
+        "save_path": "$",
+        "resume": "{spy:HOME}",
+        "weight": "${train.save_path}${train.resume}",
+    }
+    refuse(write(train=train), r"^train\.weight: '\$\{spy:HOME\}' would be filled in once more")
+    assert resolver == []
+
+
+def test_a_colon_outside_an_interpolation_is_no_resolver(write):
+    train = {"weight": "a: ${train.save_path}: {b: c}", "save_path": "there"}
+    assert load(write(train=train)).train.weight == "a: there: {b: c}"
+
+
+def test_a_flag_reaches_what_refers_to_its_key(write):
+    """Interpolations are filled in last; the key need not be in the file."""
+    data = default()["data"]
+    train = {"weight": "${data.dataset_config.params.data_path}/w"}
+    config = load([*write(data=data, train=train), "--data_path", "there"])
+    assert config.train.weight == "there/w"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"weight": "${train.nothing}"}}, r"^train\.weight: .*train\.nothing.*not found"),
+        ({"train": {"weight": "${train.weight}"}}, r"^train\.weight: "),
+        ({"train": {"weight": "${"}}, r"mine\.yaml: "),
+        ({"model": "${nowhere}"}, r"model.*nowhere"),
+        ({"train": "${nowhere}"}, r"train.*nowhere"),
+        ({"plugins": {"snr": "${nowhere}"}}, r"plugins\.snr.*nowhere"),
+    ],
+)
+def test_an_interpolation_that_leads_nowhere_is_refused(site, write, sections, message):
+    site.add("snr", "gamma: float = 5.0")
+    refuse(write(**sections), message)
+
+
+# ---- the guide's flags
+
+
+NOT_BUILT = [(name, value) for name, (allowed, _) in NOT_YET.items() for value in allowed]
+ANOTHER = {
+    "task": "cache",
+    "cache_path": "./cache_data",
+    "gradient_accumulation_steps": "2",
+    "max_device_memory": "59GB",
+    "sink_size": "100",
+    "sink_queue_size": "10",
+    "resume_step": "5",
+    "optimizer_weight": "optimizer.ckpt",
+    "save_optimizer": "False",
+    "ms_amp_level": "O2",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_BUILT)
+def test_what_is_not_built_may_be_switched_off_by_name(name, value):
+    assert load([f"--{name}", value, "--seed", "3"]).tree == load(["--seed", "3"]).tree
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+@pytest.mark.parametrize("equals", [True, False])
+def test_what_is_not_built_is_refused_by_name(name, equals):
+    value = ANOTHER.get(name, "True")
+    words = [f"--{name}={value}"] if equals else [f"--{name}", value]
+    said = refuse(words, rf"^--{name} {value}: .*is not part of this version; ")
+    for allowed in NOT_YET[name][0]:
+        assert allowed in said
+
+
+@pytest.mark.parametrize("name", [n for n, (a, _) in NOT_YET.items() if "False" in a])
+def test_a_bare_switch_of_what_is_not_built_is_refused(name):
+    refuse([f"--{name}"], rf"^--{name} True: .*is not part of this version")
+
+
+GUIDE = [
+    "config",
+    "weight",
+    "data_path",
+    "per_batch_size",
+    "gradient_accumulation_steps",
+    "clip_grad",
+    "max_grad_norm",
+    "use_ema",
+    "scale_lr",
+    "max_device_memory",
+    "is_parallel",
+    "data_sink",
+    "sink_size",
+    "sink_queue_size",
+    "resume_step",
+    "optimizer_weight",
+    "save_optimizer",
+    "ms_amp_level",
+    "param_fp16",
+    "timestep_bias_strategy",
+    "timestep_bias_multiplier",
+    "timestep_bias_begin",
+    "timestep_bias_end",
+    "timestep_bias_portion",
+    "snr_gamma",
+    "task",
+    "cache_latent",
+    "cache_text_embedding",
+    "cache_path",
+    "lpw",
+]
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_every_flag_of_the_training_guide_is_known(name):
+    """It is served, or refused by name, or its plugin is named; it is never unknown."""
+    said = ""
+    try:
+        load([f"--{name}", "1"])
+    except HostError as error:
+        said = str(error)
+    assert "there is no such flag" not in said
+
+
+# ---- old configs
+
+
+def test_idle_keys_of_old_files_are_accepted_and_named(write):
+    diffusion = "gm.modules.diffusionmodules."
+    legacy = {"target": diffusion + "discretizer.LegacyDDPMDiscretization"}
+    model = default()["model"]
+    model["target"] = "gm.models.diffusion.DiffusionEngine"
+    model["params"] |= {"use_ema": False, "input_key": "image"}
+    model["params"]["denoiser_config"] = {
+        "target": diffusion + "denoiser.DiscreteDenoiser",
+        "params": {
+            "num_idx": 1000,
+            "quantize_c_noise": True,
+            "flip": True,
+            "discretization_config": legacy,
+        },
+    }
+    model["params"]["sigma_sampler_config"] = {
+        "target": diffusion + "sigma_sampling.DiscreteSampling",
+        "params": {"num_idx": 1000, "flip": True, "discretization_config": legacy},
+    }
+    model["params"]["loss_fn_config"] = {
+        "target": diffusion + "loss.StandardDiffusionLoss",
+        "params": {"keep_loss_fp32": True},
+    }
+    config = load(write(model=model, version="SDXL-base-1.0"))
+    named = [line.partition(" has no effect: ") for line in config.notices]
+    assert all(reason for _, _, reason in named)
+    assert {key for key, _, _ in named} == {
+        "version",
+        "model.params.use_ema",
+        "model.params.input_key",
+        "model.params.denoiser_config.params.num_idx",
+        "model.params.denoiser_config.params.quantize_c_noise",
+        "model.params.denoiser_config.params.flip",
+        "model.params.sigma_sampler_config.params.num_idx",
+        "model.params.sigma_sampler_config.params.flip",
+        "model.params.loss_fn_config.params.keep_loss_fp32",
+    }
+    assert "version" not in config.tree
+
+
+def test_nothing_is_named_where_nothing_is_idle():
+    assert load([]).notices == ()
+
+
+# ---- round trip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--seed", "7", "optim.base_learning_rate=1e-5", f"{SIZE}=64", "--clip_grad", "False"],
+        ["optim.scheduler_config=null", "--save_path", "1e-5"],
+        [
+            "train.sample_prompts=['yes', '1e-5', 'null', '7', 'a: b', '# c', 'ä\u2028猫', '']",
+            "--weight",
+            "~",
+        ],
+        [f"{SIZE}=${{data.dataset_config.params.target_size}}", "--data_path", "a b/c"],
+    ],
+)
+def test_a_written_config_restores_the_same_run(tmp_path, words):
+    """What a run writes beside itself repeats it."""
+    config = load(words)
+    file = tmp_path / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(config.tree), "utf-8")
+    again = restore(file)
+    assert OmegaConf.to_container(again.tree) == OmegaConf.to_container(config.tree)
+    assert (again.train, again.data, again.optim) == (config.train, config.data, config.optim)
+    assert load(["--config", str(file)]).tree == config.tree
+    assert OmegaConf.to_yaml(again.tree) == OmegaConf.to_yaml(config.tree)

@@ -1,0 +1,320 @@
+"""Data sink: a queue can't be had on a CPU, so its columns are run by a loop in its place."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mindspore as ms
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sdxl_host import hookimpl
+from sdxl_host.config.load import RunConfig, load
+from sdxl_host.diffusion.conditioning import PromptEmbedding
+from sdxl_host.errors import ConfigError, PluginError
+from sdxl_host.plugins.discovery import Installed
+from sdxl_host.plugins.hooks import Hooks, Plugin
+from sdxl_host.plugins.selection import SelectedPlugin
+from sdxl_host.training import data_sink
+from sdxl_host.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("device")
+
+WORDS = [
+    *("--config", "tiny.yaml", "--guidance_scale", "1", "--save_path_with_time", "False"),
+    *("data.total_step=4", "--save_ckpt_interval", "2", "--sink_size", "2", "--plugins"),
+]
+
+Feed = Callable[..., Callable[[], None]]
+
+
+def all_at_once(
+    step: data_sink.SinkStep, columns: Iterator[Sequence[np.ndarray]], calls: int
+) -> Callable[[], None]:
+    """A queue that takes all columns before the first step runs, as a device's may."""
+    return data_sink.plain_loop(step, iter(list(columns)), calls)
+
+
+class Observing:
+    """Keeps state of the steps that it was told of."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    @hookimpl
+    def on_step_end(self):
+        self.seen += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+class Counting:
+    """Keeps state in a hook that is asked for each step: how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    @hookimpl(wrapper=True)
+    def weight_loss(self):
+        weights = yield
+        self.asked += 1
+        return weights / self.asked
+
+    def state_dict(self) -> dict[str, int]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.asked = state["asked"]
+
+
+def counting(config: RunConfig) -> RunConfig:
+    """The config with the plugins `Counting` and `Observing` as well."""
+    more = [
+        SelectedPlugin(Installed(cls.__name__.lower(), "fake", "1", None, "", ""), cls, None)
+        for cls in (Counting, Observing)
+    ]
+    return RunConfig(**{**vars(config), "plugins": (*config.plugins, *more)})
+
+
+def train(folder: Path, feed: Feed | None, *plugins: str) -> Trainer:
+    """A run of four eager steps; with a feed, two steps a call."""
+    words = [*WORDS, ",".join(plugins), "--save_path", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        if feed is not None:
+            words += ["--data_sink", "True"]
+            patch.setattr(data_sink, "check", lambda *arguments: None)
+        made = Trainer(counting(load(words)), say=lambda line: None)
+        if feed is not None:
+            patch.setattr(made, "_feed", feed)
+        made.run()
+    return made
+
+
+@pytest.fixture(scope="module")
+def ordinary(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("ordinary"), None, "edm", "snr").save_path
+
+
+def bits(arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("feed", [data_sink.plain_loop, all_at_once])
+def test_columns_give_what_ordinary_steps_give(ordinary: Path, tmp_path: Path, feed: Feed) -> None:
+    """Losses, norms and rates from the rings, weights, optimizer, and a plugin's state at every
+    checkpoint; columns made ahead or not."""
+    run = train(tmp_path, feed, "edm", "snr").save_path
+    assert (run / "metrics.jsonl").read_bytes() == (ordinary / "metrics.jsonl").read_bytes()
+    for step in ("step_00000002", "step_00000004"):
+        one, other = (folder / "checkpoints" / step for folder in (ordinary, run))
+        for name in ("network.safetensors", "optimizer.safetensors"):
+            expected, found = (bits(load_file(folder / name)) for folder in (one, other))
+            assert found == expected
+        for name, what in (("counting", "asked"), ("observing", "seen")):
+            state = Path("plugins") / f"{name}.json"
+            assert (one / state).read_text() == (other / state).read_text()
+            assert f'"{what}": {step[-1]}' in (one / state).read_text()
+
+
+def test_a_stop_waits_for_the_end_of_the_call(tmp_path: Path) -> None:
+    """Within a call the weights are already those of its last step."""
+
+    def interrupting(step: data_sink.SinkStep, columns: Any, calls: int) -> Callable[[], None]:
+        call = data_sink.plain_loop(step, columns, calls)
+
+        def run() -> None:
+            call()
+            made.stop("seen enough")
+
+        return run
+
+    words = [*WORDS, "none", "--save_path", str(tmp_path), "--data_sink", "True"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_sink, "check", lambda *arguments: None)
+        made = Trainer(load(words), say=lambda line: None)
+    made._feed = interrupting
+    made.run()
+    assert made.step == 2
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_00000002"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+# ---- the device's queue
+
+
+def test_the_queue_is_called_as_mindspore_defines_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset gives the columns in order; `ms.data_sink` takes what it is given, to the point
+    where it finds that this is no Ascend device."""
+    given: list[tuple[Any, ...]] = []
+    real = ms.data_sink
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        inspect.signature(real).bind(*arguments, **options)
+        given.append((arguments, options))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ms, "data_sink", watch)
+    monkeypatch.delenv("MS_DATASET_SINK_QUEUE", raising=False)
+    rows = [tuple(np.full((2,), 10 * k + c, np.float32) for c in range(6)) for k in range(4)]
+    step: Any = SimpleNamespace(size=2)
+    feed = partial(data_sink.device_queue, queue_size=3)
+    with pytest.raises(Exception, match=r"(?i)ascend"):
+        feed(step, iter(rows), 2)()
+    assert os.environ["MS_DATASET_SINK_QUEUE"] == "3"
+    (_, dataset), options = given[0]
+    assert options["sink_size"] == 2
+    assert dataset.get_col_names() == list(data_sink.COLUMNS)
+    assert dataset.get_dataset_size() == 4
+    # MindSpore has asked for sizes and shapes by now, and no row has been used up by that.
+    arrived = list(dataset.create_tuple_iterator(output_numpy=True, num_epochs=1))
+    np.testing.assert_array_equal(arrived, rows)
+
+
+# ---- what is refused
+
+
+CHECKED = ["--config", "tiny.yaml", "train.ms_mode=0", "train.sink_size=2", "data.total_step=4"]
+
+
+def check(*words: str, plugins: Sequence[Plugin] = (), cell: Any = None, step: int = 0) -> None:
+    """`data_sink.check` of the tiny config with overrides, as if on Ascend."""
+    model: Any = SimpleNamespace(first_stage=SimpleNamespace(cell=cell))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_sink, "on_ascend", lambda: True)
+        data_sink.check(load([*CHECKED, *words]), Hooks(object(), plugins), model, step)
+
+
+def plugin(name: str, cls: type) -> Plugin:
+    return Plugin(Installed(name, f"fake-{name}", "1.0", None, "", ""), None, cls())
+
+
+def test_on_the_cpu_it_is_refused(tmp_path: Path) -> None:
+    words = [*CHECKED, "--data_sink", "True", "--save_path", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"^--data_sink True: .*on the CPU; leave the flag out$"):
+        Trainer(load(words), say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.ms_mode=1"], "needs compiled steps"),
+        (["train.gradient_accumulation_steps=2"], "gradient_accumulation_steps 1"),
+        (["data.total_step=5"], r"^data\.total_step: 5 steps are no multiple of sink_size 2"),
+        (["train.save_ckpt_interval=3"], r"^train\.save_ckpt_interval: 3 steps"),
+        (["train.sample_interval=1"], r"^train\.sample_interval: 1 steps"),
+    ],
+)
+def test_settings_that_a_queue_can_t_have(words: list[str], message: str) -> None:
+    check()
+    with pytest.raises(ConfigError, match=message):
+        check(*words)
+
+
+def test_a_first_stage_that_computes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="latents must be there beforehand"):
+        check(cell=object())
+
+
+def test_a_resumed_run_begins_at_the_end_of_a_call() -> None:
+    check(step=2)
+    with pytest.raises(ConfigError, match=r"^--resume: 1 steps are no multiple"):
+        check(step=1)
+
+
+def test_a_plugin_with_feedback_is_refused_by_name() -> None:
+    """One that only observes, or only answers, is not."""
+
+    class Answering:
+        @hookimpl(wrapper=True)
+        def sample_timesteps(self):
+            distribution = yield
+            return distribution
+
+    class Observing:
+        @hookimpl
+        def on_step_end(self):
+            pass
+
+    class Both(Answering, Observing):
+        pass
+
+    check(plugins=[plugin("answering", Answering), plugin("observing", Observing)])
+    message = (
+        r"the plugin both \(fake-both 1\.0\) observes on_step_end and answers sample_timesteps"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check(plugins=[plugin("both", Both)])
+
+
+class Lengths:
+    """Encodes a prompt, a number, as so much in each place; a call's longest gives the context."""
+
+    def __init__(self, masked: int, length: int = 3) -> None:
+        self.calls: list[list[str]] = []
+        self.masked = masked  # the call that has a mask, from 1; 0 for none
+        self.length = length
+
+    @hookimpl
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbedding:
+        self.calls.append(list(prompts))
+        values = np.array([int(prompt) for prompt in prompts], np.float32)
+        length = self.length if len(self.calls) == 2 else 3
+        mask = np.tile(np.arange(length) < 2, (len(prompts), 1))
+        context = np.tile(values[:, None, None], (1, length, 4))
+        is_masked = len(self.calls) == self.masked
+        return PromptEmbedding(
+            context, np.tile(-values[:, None], (1, 2)), mask if is_masked else None
+        )
+
+
+def fixed(hook: Lengths, count: int) -> data_sink.FixedCaptions:
+    """The embeddings of the captions "0", "1", ... of twice as many pictures."""
+    encoders = [SimpleNamespace(width=4, pooled_width=2)]
+    pictures = [SimpleNamespace(caption=str(index % count)) for index in range(2 * count)]
+    model: Any = SimpleNamespace(encoders=encoders)
+    return data_sink.FixedCaptions(
+        Hooks(hook), model, cast(Any, SimpleNamespace(pictures=pictures))
+    )
+
+
+@pytest.mark.parametrize("masked", [0, 3])
+def test_captions_are_encoded_once_and_a_few_at_a_time(masked: int) -> None:
+    """All at once would be a batch of thousands. A mask of some is one of all."""
+    hook = Lengths(masked)
+    captions = fixed(hook, 40)
+    assert [len(call) for call in hook.calls] == [16, 16, 8]
+    assert list(itertools.chain(*hook.calls)) == [str(index) for index in range(40)]
+    found = captions(["37", "0", "20", "0"])
+    assert found.context[:, 0, 0].tolist() == [37, 0, 20, 0]
+    assert found.context.shape == (4, 3, 4)
+    assert found.pooled[:, 1].tolist() == [-37, 0, -20, 0]
+    if masked:
+        assert found.attended().sum(axis=1).tolist() == [2, 3, 3, 3]
+    assert (found.mask is None) == (not masked)
+
+
+def test_contexts_of_several_lengths_are_refused() -> None:
+    fixed(Lengths(0, length=6), 16)
+    with pytest.raises(PluginError, match=r"^encode_prompt: host: .* 3, 6 tokens, .*; give all"):
+        fixed(Lengths(0, length=6), 17)
+
+
+def test_more_captions_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [SimpleNamespace(caption=str(index)) for index in range(3)]
+    dataset: Any = SimpleNamespace(pictures=pictures)
+    monkeypatch.setattr(data_sink, "_MOST_CAPTIONS", 2)
+    with pytest.raises(ConfigError, match="of 3 captions there are too many"):
+        data_sink.FixedCaptions(Hooks(object()), SimpleNamespace(encoders=None), dataset)  # type: ignore[arg-type]

@@ -1,0 +1,569 @@
+"""What a resumed run depends on: a checkpoint, (seed, step), and settings, which are checked."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from sdxl_host.checkpoints.open import Checkpoint, open_checkpoint
+from sdxl_host.checkpoints.write import Contents, save_checkpoint
+from sdxl_host.config.load import load, restore
+from sdxl_host.data.dataset import Text2ImageDataset
+from sdxl_host.data.order import Order
+from sdxl_host.errors import ConfigError
+from sdxl_host.training.lr_schedulers import LinearScheduler
+from sdxl_host.training.observers import Metrics
+from sdxl_host.training.optimizer import averaging_shares
+from sdxl_host.training.resume import find_checkpoint
+from sdxl_host.training.run_folder import settings_text
+from sdxl_host.training.summary import end_lines, plugin_list
+
+TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
+NETWORK = "model.params.network_config.params"
+EMBEDDERS = "model.params.conditioner_config.params.emb_models"
+PICTURES = "[anchor.png,banana.png,crab.png,gem_stone.png,key.png]"
+ARGUMENTS = [
+    *("--config", TINY, "--save_path_with_time=False", "--per_batch_size=1"),
+    *(f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.transformer_depth=[1]", "--guidance_scale=1"),
+    *(f"data.dataset_config.params.only={PICTURES}", "--save_ckpt_interval=1"),
+]
+
+Train = Callable[..., tuple[Path, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def train(device: str) -> Train:
+    """Trains in this process, into a folder; gives the run's and what was said."""
+    from sdxl_host.training.trainer import Trainer
+
+    def run(folder: Path, *words: str) -> tuple[Path, list[str]]:
+        said: list[str] = []
+        trainer = Trainer(load([*ARGUMENTS, "--save_path", str(folder), *words]), said.append)
+        trainer.run()
+        return trainer.save_path, said
+
+    return run
+
+
+def resumed(run: Path, *words: str) -> tuple[Any, list[str]]:
+    """A trainer that would go on, and what was said."""
+    from sdxl_host.training.trainer import Trainer
+
+    said: list[str] = []
+    trainer = Trainer(load([*ARGUMENTS, "--save_path", str(run), *words]), said.append)
+    trainer.folder.release()
+    return trainer, said
+
+
+def copied(run: Path, place: Path, step: int) -> Path:
+    """A copy of a run as it was when it had saved `step`; gives that checkpoint's copy."""
+    folder = shutil.copytree(run, place, symlinks=True) / "checkpoints"
+    for checkpoint in folder.glob("step_*"):
+        if checkpoint.name > f"step_{step:08d}":
+            shutil.rmtree(checkpoint)
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to(f"step_{step:08d}")
+    return folder / f"step_{step:08d}"
+
+
+def arrays(run: Path, name: str) -> dict[str, bytes]:
+    found = load_file(run / "checkpoints" / "latest" / f"{name}.safetensors")
+    return {key: array.tobytes() for key, array in found.items()}
+
+
+def assert_same_run(one: Path, other: Path, names: tuple[str, ...]) -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    for name in names:
+        assert arrays(one, name) == arrays(other, name), name
+
+
+# ---- (seed, step) and nothing else
+
+ALL = [
+    *("--plugins=edm,snr,timestep_bias", "plugins.timestep_bias.strategy=earlier"),
+    *("plugins.timestep_bias.multiplier=2", "--gradient_accumulation_steps=2", "--use_ema=True"),
+    *(f"{EMBEDDERS}[{index}].ucg_rate=0.4" for index in (0, 1)),
+    *(f"{NETWORK}.attention_resolutions=[1]", "--total_step=5"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five steps with accumulation, averages, three plugins and caption dropout."""
+    return train(tmp_path_factory.mktemp("whole"), *ALL)[0]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_goes_on_the_same_from_any_checkpoint_and_in_any_process(
+    train: Train, whole: Path, tmp_path: Path, step: int
+) -> None:
+    """Whatever the generators that others share have drawn, however many threads load pictures,
+    and whatever grids are drawn on the way. Five pictures in twos: updates cross epochs."""
+    import mindspore as ms
+
+    random.seed(step)
+    np.random.seed(step)
+    ms.set_seed(step)
+    checkpoint = copied(whole, tmp_path / "part", step)
+    other = [f"data.num_parallel_workers={step}", "--sample_interval=2", "--max_num_ckpt=1"]
+    run, _ = train(tmp_path / "part", *ALL, f"--resume={checkpoint}", *other)
+    assert_same_run(whole, run, ("network", "optimizer", "ema", "frozen"))
+
+
+def test_updates_that_were_skipped_are_counted_on(whole: Path, device: str, tmp_path: Path) -> None:
+    """So a resumed run that skips too many in a row ends where the uninterrupted one ends."""
+    from sdxl_host.training import state
+    from sdxl_host.training.trainer import Trainer
+
+    checkpoint = open_checkpoint(copied(whole, tmp_path / "part", 4))
+    trainer = Trainer(load([*ARGUMENTS, *ALL, f"--resume={checkpoint.folder}"]), [].append)
+    assert state.take(trainer).counts == {"skipped": 0, "skipped_in_a_row": 0}
+    arrays = state.take(trainer).network.values()
+    assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+    assert not any(array.flags.writeable for array in arrays)  # they may be the weights themselves
+    counts = {"skipped": 3, "skipped_in_a_row": 2}
+    assert state.give_back(trainer, replace(checkpoint, counts=counts), is_lenient=False) == []
+    assert state.take(trainer).counts == counts
+    assert trainer.guard.lines() == ["skipped     3 updates, whose gradients were not finite"]
+    trainer.folder.release()
+
+
+def test_what_settings_that_may_differ_have_no_state_of_is_named(
+    whole: Path, device: str, tmp_path: Path
+) -> None:
+    """And nothing is, where nothing differs, though it might."""
+    copied(whole, tmp_path / "part", 4)
+    words = [*ALL, "--resume=latest", "--allow_changes=True"]
+    same, said = resumed(tmp_path / "part", *words)
+    assert not any(line.startswith("changed ") for line in said)
+    kept = load_file(tmp_path / "part" / "checkpoints" / "latest" / "optimizer.safetensors")
+    state = same.cell.state()
+    assert {n: a.tobytes() for n, a in state.items()} == {n: a.tobytes() for n, a in kept.items()}
+
+    words[words.index("--use_ema=True")] = "--use_ema=False"
+    _, said = resumed(tmp_path / "part", *words, "--ms_amp_level=O2")
+    assert [line[12:] for line in said if line.startswith("changed ")] == [
+        "train.use_ema is True there and False here",
+        "train.ms_amp_level is 'O0' there and 'O2' here",
+        "loss_scale and loss_scale_age begin anew",
+        "the moving average is left out",
+    ]
+
+
+def test_state_of_another_shape_is_not_taken(whole: Path, device: str, tmp_path: Path) -> None:
+    """Refused before any other is taken, or named where that is allowed."""
+    from sdxl_host.training import state
+
+    checkpoint = open_checkpoint(copied(whole, tmp_path / "part", 4))
+    trainer, _ = resumed(tmp_path / "part", *ALL, f"--resume={checkpoint.folder}")
+    before = trainer.cell.state()
+    name = "adam_v.out.2.bias"
+    other = {n: np.full_like(a, 9) for n, a in before.items()} | {name: np.zeros(2, np.float32)}
+    averages = load_file(checkpoint.folder / "ema.safetensors")
+    lost = "model.diffusion_model.out.2.bias"
+    averages.pop(lost)
+    for file, found in (("optimizer", other), ("ema", averages)):
+        (checkpoint.folder / f"{file}.safetensors").unlink()
+        save_file(found, checkpoint.folder / f"{file}.safetensors")
+    told = rf"{name} is of shape \(2,\) there and of shape \(3,\) here; and 1 more; go on with the"
+    with pytest.raises(ConfigError, match=told):
+        state.give_back(trainer, checkpoint, is_lenient=False)
+    assert trainer.cell.state()["applied"] == 4
+    assert state.give_back(trainer, checkpoint, is_lenient=True) == [
+        f"{name} begins anew",
+        f"the moving average of {lost} begins with these weights",
+    ]
+    after = trainer.cell.state()
+    assert after["applied"] == 9
+    assert after[name].tobytes() == before[name].tobytes()
+
+
+def test_a_batch_is_a_function_of_seed_and_step(device: str, tmp_path: Path) -> None:
+    """Asked for alone, after others, backwards, and from more threads: the same, all of it."""
+    from sdxl_host.training.batches import Batch, Batches
+
+    for index in range(5):  # wider than high, so that they are cropped by chance
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"picture {index}")
+    transforms = load(ARGUMENTS).data.dataset_config["params"]["transforms"]
+
+    def batches(threads: int, seed: int = 5) -> Any:
+        dataset = Text2ImageDataset(16, transforms, str(tmp_path))
+        order = Order(len(dataset), 4, seed, shuffle=True)
+        return Batches(dataset, order, range(1, 3), seed, (3, 16, 16), 0.1, True, threads)
+
+    def values(batch: Batch) -> dict[str, Any]:
+        found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        found |= {f"sizes.{name}": value for name, value in found.pop("sizes").items()}
+        return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in found.items()}
+
+    one, other = batches(1), batches(4)
+    forwards = [values(one.batch(step)) for step in range(1, 8)]
+    backwards = [values(other.batch(step)) for step in range(7, 0, -1)]
+    assert forwards == backwards[::-1]
+    assert values(batches(2).batch(7)) == forwards[-1]
+    for name in ("level_u", "noise", "posterior", "dropout_u", "sizes.crop_coords_top_left"):
+        assert len({found[name] for found in forwards}) == 7, name
+    differ = {n for n, v in values(batches(1, seed=6).batch(7)).items() if v != forwards[-1][n]}
+    assert differ >= {"names", "level_u", "noise", "posterior", "dropout_u"}
+
+
+# ---- other plugins
+
+KEEPING = """
+from sdxl_host import hookimpl
+
+class Fake:
+    def __init__(self):
+        self.asked = 0
+
+    @hookimpl
+    def on_step_end(self, trainer):
+        self.asked += 1
+        trainer.log("{name}", self.asked)
+
+    def state_dict(self):
+        return {{"asked": self.asked}}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+"""
+
+
+def test_other_plugins_are_refused_by_name_and_allowed_when_asked_for(
+    train: Train, site: Any, tmp_path: Path
+) -> None:
+    """The state of those that stay is kept; that of a new one begins anew, which is said."""
+    for name in ("first", "second", "third"):
+        site.add(name, source=KEEPING.format(name=name))
+    run, _ = train(tmp_path / "run", "--plugins=first,second", "--total_step=2")
+    changed = ["--plugins=third,second", "--total_step=3", "--resume=latest"]
+    with pytest.raises(ConfigError) as refused:
+        train(run, *changed)
+    there = r"plugins.first is {} there and None here"
+    here = r"plugins.third is None there and {} here"
+    order = "plugins in the order first, second there and third, second here"
+    assert f"{there}; {here}; {order}; go on with its own by --config" in str(refused.value)
+    assert (run / "checkpoints" / "latest").resolve().name == "step_00000002"
+
+    upgrade(site, "second")
+    _, said = train(run, *changed, "--allow_changes=True")
+    assert "note        second 1.0 there and 1.1 here" in said
+    assert not any("mindspore" in line for line in said if line.startswith("note "))
+    assert [line[12:] for line in said if line.startswith("changed ")] == [
+        there,
+        here,
+        order,
+        "the state of third (fake-third 1.0) begins anew",
+    ]
+    logged = (run / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
+    assert '"third": 1' in logged
+    assert '"second": 3' in logged
+    assert [plugin.installed.name for plugin in restore(run / "config.yaml").plugins] == [
+        "third",
+        "second",
+    ]
+
+
+FREEZING = """
+from sdxl_host import hookimpl
+
+class Fake:
+    @hookimpl(wrapper=True)
+    def build_model(self):
+        model = yield
+        return model.with_network(lambda network: None, trainable=lambda name: {pick})
+"""
+
+
+def upgrade(site: Any, name: str) -> None:
+    """Makes the version 1.0 of a fake plugin's distribution 1.1."""
+    (old,) = site.folder.glob(f"fake_{name}-*.dist-info")
+    metadata = (old / "METADATA").read_text()
+    (old / "METADATA").write_text(metadata.replace("Version: 1.0", "Version: 1.1"))
+    old.rename(old.with_name(old.name.replace("1.0", "1.1")))
+
+
+def test_a_plugin_that_trains_other_parameters_is_refused_and_allowed_when_asked_for(
+    train: Train, site: Any, tmp_path: Path
+) -> None:
+    """With the same options, in another version; what is trained by both keeps its state."""
+    module = site.add("freezing", source=FREEZING.format(pick="'.out.' in name"))
+    words = ["--plugins=freezing", "--use_ema=True"]
+    run, _ = train(tmp_path / "run", *words, "--total_step=2")
+    checkpoint = run / "checkpoints" / "step_00000002"
+    kept = load_file(checkpoint / "optimizer.safetensors")
+    pick = "'.out.2.weight' in name or '.time_embed.' in name"
+    (site.folder / f"{module}.py").write_text(FREEZING.format(pick=pick))
+    sys.modules.pop(module)
+    words += ["--total_step=3", "--resume=latest"]
+    copy, other = (copied(run, tmp_path / name, 2) for name in ("copy", "other"))
+    told = (
+        "--resume {}: other parameters were trained than this run trains: "
+        "adam_m.time_embed.0.weight is missing there and of shape (128, 32) here; and 20 more; go "
+        "on with {}, or with these by --allow_changes True"
+    )
+    with pytest.raises(ConfigError) as refused:
+        train(run, *words)
+    assert str(refused.value) == told.format(checkpoint, "the plugins as they were")
+    upgrade(site, "freezing")
+    with pytest.raises(ConfigError) as refused:
+        train(tmp_path / "copy", *words)
+    assert str(refused.value) == told.format(copy, "freezing 1.0 in place of 1.1")
+    trainer, said = resumed(other.parents[1], *words, "--allow_changes=True")
+    assert [line[12:] for line in said if line.startswith("changed ")] == [
+        "adam_m.time_embed.0.weight, adam_m.time_embed.0.bias and 6 more of the optimizer's arrays "
+        "begin anew",
+        "adam_m.out.0.beta, adam_m.out.0.gamma and 4 more of the optimizer's arrays are left out",
+        "the moving average of {0}time_embed.0.weight, {0}time_embed.0.bias and 2 more begins with "
+        "these weights".format("model.diffusion_model."),
+        "the moving average of {0}out.0.bias, {0}out.0.weight and {0}out.2.bias is left out".format(
+            "model.diffusion_model."
+        ),
+    ]
+    state, stays = trainer.cell.state(), [f"adam_{x}.out.2.weight" for x in "mv"]
+    assert all(state[name].tobytes() == kept[name].tobytes() for name in [*stays, "applied"])
+    assert not any(state[name].any() for name in state if ".time_embed." in name)
+
+
+# ---- settings
+
+
+Saved = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """A checkpoint of step 1 of a run with these arguments, without the run.
+
+    edit: makes the settings file what another version would have written.
+    """
+
+    def save(*words: str, edit: Callable[[str], str] = str) -> Checkpoint:
+        config = load([*ARGUMENTS, *words])
+        arrays = {"a": np.zeros(1, np.float32)}
+        contents = Contents(
+            1, edit(settings_text(config, "")), arrays, arrays, {}, arrays, {}, {},
+            plugin_list(config), {"samples": {}},
+        )  # fmt: skip
+        return open_checkpoint(save_checkpoint(tmp_path / "saved" / "checkpoints", contents))
+
+    return save
+
+
+def differences(checkpoint: Checkpoint, *words: str) -> list[str]:
+    """Of a run with these arguments from the one of the checkpoint."""
+    named = [*ARGUMENTS, *words, f"--resume={checkpoint.folder}", "--allow_changes=True"]
+    return find_checkpoint(load(named), {})[1]
+
+
+SCHEDULER = "optim.scheduler_config.target=sdxl_host."
+WARM_UP = "optim.scheduler_config.params.warm_up_steps=2"
+PARAMS = "optim.scheduler_config.params"
+STEADY = {
+    "none": ["optim.scheduler_config=null"],
+    "warm-up": [WARM_UP],
+    "multi-step": [f"{SCHEDULER}MultiStepScheduler", f"{PARAMS}.milestones=[3,6]"],
+    "linear to a step": [f"{SCHEDULER}LinearScheduler", f"{PARAMS}.end_step=5"],
+}
+
+
+@pytest.mark.parametrize("words", STEADY.values(), ids=STEADY)
+@pytest.mark.parametrize("total", [7, 30])
+def test_a_run_may_have_another_length_where_its_rates_stay(
+    saved: Saved, words: list[str], total: int
+) -> None:
+    checkpoint = saved(*words, "--total_step=10", "--plugins=none")
+    assert differences(checkpoint, *words, f"--total_step={total}", "--plugins=none") == []
+
+
+def test_a_run_may_not_have_another_length_where_that_changes_rates(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the steps that both make; they are looked at, whatever made them."""
+    words = [f"{SCHEDULER}LinearScheduler", "optim.base_learning_rate=0.0009", WARM_UP]
+    words.append("--plugins=none")
+    checkpoint = saved(*words, "--total_step=10")
+    longer = [*words, "--total_step=18"]
+    told = (
+        "data.total_step is 10 there and 18 here, so that the learning rate of update 10 is 0 "
+        "there and 0.00045 here"
+    )
+    assert differences(checkpoint, *longer) == [told]
+    with pytest.raises(ConfigError, match=f"this run's: {told}; go on .* --allow_changes True"):
+        find_checkpoint(load([*ARGUMENTS, *longer, f"--resume={checkpoint.folder}"]), {})
+    (shorter,) = differences(checkpoint, *words, "--total_step=4")
+    assert "so that the learning rate of update 4 is 0.000675 there and 0 here" in shorter
+    assert differences(checkpoint, *words, "--total_step=10") == []
+
+    def falls_at_the_end(self: LinearScheduler, updates: int) -> np.ndarray:
+        return np.where(np.arange(updates) < updates - 1, 1.0, 0.5)
+
+    monkeypatch.setattr(LinearScheduler, "factors", falls_at_the_end)
+    (other,) = differences(checkpoint, *longer)
+    assert "so that the learning rate of update 10 is 0.00045 there and 0.0009 here" in other
+
+
+def test_the_same_weights_may_be_written_otherwise(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which they were given, because a later one goes before."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--plugins=none", "--total_step=10"]
+
+    def began(settings: str) -> str:
+        return settings.replace("  weight: ''", "  weight: base,lora")
+
+    checkpoint = saved(*words, edit=began)
+    assert differences(checkpoint, *words, f"--weight=./base, {tmp_path}/x/../lora") == []
+    for others in ("lora,base", "base", "base,lora,lora"):
+        with pytest.raises(ConfigError, match="began with base,lora; leave --weight out"):
+            differences(checkpoint, *words, f"--weight={others}")
+
+
+def test_averages_of_a_run_do_not_follow_its_length() -> None:
+    """So a longer run is the same run as far as both go."""
+    shares = averaging_shares(0.9999, 50)
+    assert shares[:20].tolist() == averaging_shares(0.9999, 20).tolist()
+
+
+def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(
+    saved: Saved, site: Any
+) -> None:
+    """Where this run has others, they differ; so do settings that are gone."""
+    site.add("sized", "size: int = 3\ncolour: str = 'red'")
+    later = ("  log_interval: ", "  shuffle: ", "  scheduler_config: ", "    size: ")
+
+    def earlier(settings: str) -> str:
+        lines = settings.splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(later)]
+        assert len(lines) - len(kept) == len(later)
+        return "".join(kept).replace("train:\n", "train:\n  gone: 3\n")
+
+    words = ["--plugins=sized", "optim.scheduler_config=null"]
+    checkpoint = saved(*words, edit=earlier)
+    gone = "train.gone is 3 there and None here"
+    assert differences(checkpoint, *words) == [gone]
+    others = ["--log_interval=2", "plugins.sized.size=4"]
+    assert differences(checkpoint, *words, *others) == [
+        gone,
+        "train.log_interval is 1 there and 2 here",
+        "plugins.sized.size is 3 there and 4 here",
+    ]
+
+
+def test_more_differences_than_a_line_holds_are_counted(saved: Saved) -> None:
+    checkpoint = saved("--plugins=none")
+    words = ["--seed=1", "--log_interval=2", "--use_ema=True", "--scale_lr=True", "--ms_mode=0"]
+    resumed = [*ARGUMENTS, f"--resume={checkpoint.folder}", *words, "--plugins=none"]
+    with pytest.raises(ConfigError, match=r"ms_mode is 1 there and 0 here; go on"):
+        find_checkpoint(load(resumed), {})
+    with pytest.raises(ConfigError, match=r"scale_lr is .*; and 1 more; go on"):
+        find_checkpoint(load([*resumed, "data.shuffle=False"]), {})
+
+
+# ---- what is said and logged
+
+
+@pytest.mark.parametrize(("interval", "kept"), [(1, 5), (2, 4), (3, 3), (5, 5), (7, 0)])
+def test_the_last_line_of_a_shorter_run_is_not_in_a_longer_one(
+    tmp_path: Path, interval: int, kept: int
+) -> None:
+    """Which writes it only where it is due."""
+    file = tmp_path / "metrics.jsonl"
+    steps = [step for step in range(1, 7) if step % interval == 0 or step == 5]
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    Metrics(file, interval, 5, 9).close()
+    left = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert left == [step for step in range(1, 6) if step % interval == 0]
+    assert max([0, *left]) == kept
+
+
+def test_a_run_is_told_to_go_on_only_where_steps_are_left(tmp_path: Path) -> None:
+    guard = SimpleNamespace(lines=lambda: ["skipped     3 updates"])
+    settings = SimpleNamespace(train=SimpleNamespace(save_optimizer=True))
+    ended = SimpleNamespace(
+        guard=guard, config=settings, save_path=tmp_path, total_steps=5, step=5, is_interrupted=True
+    )
+    lines = [
+        "skipped     3 updates",
+        "trained to step 5 in 8 s",
+        f"metrics     {tmp_path / 'metrics.jsonl'}",
+        f"settings    {tmp_path / 'config.yaml'}",
+        "checkpoint  c",
+        "pictures    p",
+    ]
+    assert end_lines(ended, 7.6, Path("c"), Path("p")) == lines
+    ended.step = 4
+    goes_on = "to go on    sdxl-host train ... --resume c"
+    assert end_lines(ended, 7.6, Path("c"), None)[-2:] == ["checkpoint  c", goes_on]
+    settings.train.save_optimizer = False
+    assert end_lines(ended, 7.6, Path("c"), None)[-1] == goes_on.replace("resume", "weight")
+    ended.is_interrupted = False
+    assert end_lines(ended, 7.6, Path("c"), None)[-1] == "checkpoint  c"
+
+
+# ---- runs that began with weights
+
+
+def test_a_run_that_began_with_weights_goes_on_without_them(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the checkpoint, so neither the flag nor the file is needed again; another one
+    contradicts."""
+    words = ["--plugins=none", "--total_step=3"]
+    base, _ = train(tmp_path / "base", "--plugins=none", "--total_step=1", "--seed=3")
+    weight = base / "checkpoints" / "step_00000001"
+    run, _ = train(tmp_path / "run", *words, f"--weight={weight}")
+    copied(run, tmp_path / "again", 1)
+    checkpoint = copied(run, tmp_path / "part", 1)
+
+    with pytest.raises(ConfigError) as refused:
+        train(tmp_path / "part", *words, f"--resume={checkpoint}", f"--weight={run}")
+    assert f"contradict each other: the run began with {weight}; leave --weight out" in str(
+        refused.value
+    )
+    with pytest.raises(ConfigError, match=r"the run began with untrained weights; leave --weight"):
+        train(base, "--plugins=none", "--total_step=3", "--resume=latest", f"--weight={weight}")
+
+    # The same file, however it is written.
+    monkeypatch.chdir(base)
+    same = "--weight=./checkpoints/latest"
+    again, _ = train(tmp_path / "again", *words, "--resume=latest", same)
+    assert_same_run(run, again, ("network", "optimizer"))
+    shutil.rmtree(base)
+    part, said = train(tmp_path / "part", *words, "--resume=latest")
+    assert_same_run(run, part, ("network", "optimizer"))
+    assert not any("untrained" in line for line in said)
+    assert restore(part / "config.yaml").train.weight == str(weight)
+
+
+# ---- runs that have no checkpoint yet
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    train: Train, tmp_path: Path
+) -> None:
+    """Its folder holds half a checkpoint, which is no run to be kept."""
+    partial = tmp_path / "run" / "checkpoints" / ".partial-step_00000001"
+    partial.mkdir(parents=True)
+    (partial / "network.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "config.yaml").write_text("train: {}\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    run, _ = train(tmp_path / "run", "--plugins=none", "--total_step=1")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step_00000001"]
+    assert "9.0" not in (run / "metrics.jsonl").read_text()

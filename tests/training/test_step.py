@@ -1,0 +1,522 @@
+"""The training step against numpy: loss, gradients, clipping, updates, skipped updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+
+from sdxl_host.diffusion.objective import coefficients
+from sdxl_host.diffusion.preconditioning import (
+    EpsPreconditioning,
+    Preconditioning,
+    VPreconditioning,
+)
+from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.training.lr_schedulers import LambdaWarmUpScheduler, learning_rates
+from sdxl_host.training.optimizer import AdamW, AdamWeightDecay, Optimizer
+from sdxl_host.training.step import StepRunner, TrainStep, decayed
+
+pytestmark = pytest.mark.usefixtures("device")
+
+BATCH = 3
+CHANNELS, HEIGHT, WIDTH = 2, 4, 5
+TOKENS, CONTEXT, VECTOR = 4, 3, 2
+SCHEDULE = Schedule.scaled_linear()
+
+Arrays = dict[str, np.ndarray]
+
+
+class Nano(nn.Cell):
+    """86 parameters that use every input, of each kind of layer that the U-Net has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, 3, 3, pad_mode="pad", padding=1, has_bias=True)
+        self.dense = nn.Dense(VECTOR + 2, 3)
+        self.norm = nn.LayerNorm((3,), epsilon=1e-5)
+        self.out = nn.Conv2d(3, CHANNELS, 1, has_bias=True)
+
+    def construct(self, x, c_noise, context, vector, mask):
+        text = (context.mean(axis=2) * mask).mean(axis=1, keep_dims=True)
+        known = ops.concat((vector, c_noise.expand_dims(1), text), axis=1)
+        level = self.norm(self.dense(known)).expand_dims(-1).expand_dims(-1)
+        return self.out(ops.silu(self.conv(x) + level))
+
+
+def nano_output(weights: Arrays, x, c_noise, context, vector, mask) -> np.ndarray:
+    """Nano in numpy float64."""
+    text = (context.mean(axis=2) * mask).mean(axis=1, keepdims=True)
+    known = np.concatenate([vector, c_noise[:, None], text], axis=1)
+    level = known @ weights["dense.weight"].T + weights["dense.bias"]
+    spread = np.sqrt(level.var(axis=1, keepdims=True) + 1e-5)
+    level = (level - level.mean(axis=1, keepdims=True)) / spread
+    level = level * weights["norm.gamma"] + weights["norm.beta"]
+    padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    h = np.einsum("bchwij,ocij->bohw", windows, weights["conv.weight"])
+    h = h + (weights["conv.bias"] + level)[:, :, None, None]
+    h = h / (1 + np.exp(-h))
+    out = np.einsum("bchw,oc->bohw", h, weights["out.weight"][:, :, 0, 0])
+    return out + weights["out.bias"][:, None, None]
+
+
+def nano_losses(weights: Arrays, batch: Arrays) -> np.ndarray:
+    """(B,) mean squared errors of F(p z + q n) against a z + b n, in numpy float64."""
+    latents, noise, six, context, vector, mask = (v.astype(np.float64) for v in batch.values())
+    p, q, a, b = six[:4, :, None, None, None]
+    output = nano_output(weights, p * latents + q * noise, six[5], context, vector, mask)
+    return ((output - (a * latents + b * noise)) ** 2).mean(axis=(1, 2, 3))
+
+
+def make_batch(seed: int = 0, w: float | None = None) -> Arrays:
+    """Inputs of a step in its order; coefficients of no particular objective unless w is given."""
+    generator = np.random.default_rng(seed)
+    latent = (BATCH, CHANNELS, HEIGHT, WIDTH)
+    six = generator.uniform(0.3, 1.5, (6, BATCH))
+    if w is not None:
+        six[4] = w
+    batch = {
+        "latents": generator.standard_normal(latent),
+        "noise": generator.standard_normal(latent),
+        "coefficients": six,
+        "context": generator.standard_normal((BATCH, TOKENS, CONTEXT)),
+        "vector": generator.standard_normal((BATCH, VECTOR)),
+        "mask": generator.integers(0, 2, (BATCH, TOKENS)),
+    }
+    return {name: values.astype(np.float32) for name, values in batch.items()}
+
+
+def tensors(batch: Arrays) -> list[Tensor]:
+    return [Tensor(values) for values in batch.values()]
+
+
+def make_nano(seed: int = 5) -> Nano:
+    network = Nano()
+    generator = np.random.default_rng(seed)
+    for parameter in network.get_parameters():
+        values = generator.standard_normal(parameter.shape) * 0.5 + 0.1
+        parameter.set_data(Tensor(values.astype(np.float32)))
+    return network
+
+
+def make_step(
+    network: nn.Cell | None = None,
+    optimizer: Optimizer | None = None,
+    rates: Sequence[float] = (0.01,) * 30,
+    max_grad_norm: float | None = None,
+    parameters: list[Parameter] | None = None,
+) -> TrainStep:
+    network = network or make_nano()
+    optimizer = optimizer or AdamW(weight_decay=0.1)
+    parameters = parameters or list(network.get_parameters())
+    table = optimizer.table(np.asarray(rates))
+    return TrainStep(network, parameters, optimizer, table, max_grad_norm)
+
+
+def run(step: Callable[..., Any], batch: Arrays) -> tuple[Any, ...]:
+    """loss, losses, norm, finite, learning rate and loss scale, as numpy."""
+    return tuple(output.asnumpy() for output in step(*tensors(batch)))
+
+
+def copied(parameters: Iterable[Parameter]) -> Arrays:
+    """Arrays by name. On CPU `asnumpy` shows the parameter's own memory, which updates write to."""
+    return {parameter.name: parameter.asnumpy().copy() for parameter in parameters}
+
+
+def weights_of(step: TrainStep) -> Arrays:
+    return copied(step.parameters)
+
+
+def gradients_of(step: TrainStep, batch: Arrays) -> Arrays:
+    """What the step differentiates, before clipping."""
+    _, gradients = step.gradient(*tensors(batch))
+    return {p.name: g.asnumpy() for p, g in zip(step.parameters, gradients, strict=True)}
+
+
+def everything(step: TrainStep) -> Arrays:
+    return weights_of(step) | copied([*step.moments1, *step.moments2, step.applied])
+
+
+def assert_same_bits(first: Arrays, second: Arrays) -> None:
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert values.tobytes() == second[name].tobytes(), name
+
+
+# ---- loss and gradients
+
+
+def test_loss_and_losses():
+    """loss = mean(w * losses), losses (B,) = mean |F(p z + q n, c_noise, ...) - (a z + b n)|^2."""
+    step, batch = make_step(), make_batch()
+    expected = nano_losses(weights_of(step), batch)
+    loss, losses, *_ = run(step.construct, batch)
+    assert losses.shape == (BATCH,)
+    assert loss.dtype == losses.dtype == np.float32
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, (batch["coefficients"][4] * expected).mean(), rtol=1e-5)
+
+
+def test_gradients_are_the_loss_s_slopes():
+    """Central differences of the float64 loss, for each of the 86 numbers."""
+    step, batch = make_step(), make_batch()
+    weights = {name: values.astype(np.float64) for name, values in weights_of(step).items()}
+    w = batch["coefficients"][4].astype(np.float64)
+    count = 0
+    for name, gradient in gradients_of(step, batch).items():
+        slopes = np.empty(gradient.shape)
+        for place in np.ndindex(gradient.shape):
+            kept = weights[name][place]
+            ends = []
+            for moved in (kept + 1e-5, kept - 1e-5):
+                weights[name][place] = moved
+                ends.append((w * nano_losses(weights, batch)).mean())
+            weights[name][place] = kept
+            slopes[place] = (ends[0] - ends[1]) / 2e-5
+            count += 1
+        np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=2e-6, err_msg=name)
+    assert count == 86
+
+
+def test_norm_is_the_global_one_before_clipping():
+    step, batch = make_step(max_grad_norm=0.01), make_batch()
+    gradients = gradients_of(step, batch)
+    expected = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
+    assert run(step.construct, batch)[2] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- updates
+
+
+def reference_update(
+    optimizer: Optimizer, corrected: bool, k: int, rate: float, limit: float | None
+) -> Callable[[Arrays, Arrays, Arrays, Arrays, set[str]], None]:
+    """Update k in float64, in place, of weights and moments by gradients."""
+
+    def update(weights: Arrays, m: Arrays, v: Arrays, gradients: Arrays, decays: set[str]) -> None:
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        scale = 1.0 if limit is None else min(1.0, limit / norm)
+        b1, b2 = optimizer.beta1, optimizer.beta2
+        for name, gradient in gradients.items():
+            g = gradient * scale
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g * g
+            first, second = (1 - b1**k, 1 - b2**k) if corrected else (1.0, 1.0)
+            move = m[name] / first / (np.sqrt(v[name] / second) + optimizer.eps)
+            decay = optimizer.weight_decay if name in decays else 0.0
+            weights[name] = weights[name] - rate * (move + decay * weights[name])
+
+    return update
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "corrected", "limit"),
+    [
+        (AdamW(beta2=0.99, weight_decay=0.3), True, None),
+        (AdamW(beta1=0.8, eps=1e-2, weight_decay=0.0), True, 0.5),
+        (AdamWeightDecay(weight_decay=0.3), False, None),
+    ],
+    ids=["AdamW", "AdamW-clipped", "AdamWeightDecay"],
+)
+def test_twenty_updates(optimizer, corrected, limit):
+    """Algorithm 2 of Loshchilov and Hutter in float64, given the step's own gradients.
+
+    AdamWeightDecay is the same without bias correction. Warm-up over 8 updates, decay on the
+    matrix and the kernels alone.
+    """
+    rates = learning_rates(0.01, LambdaWarmUpScheduler(8), 20)
+    step = make_step(optimizer=optimizer, rates=rates, max_grad_norm=limit)
+    before = weights_of(step)
+    weights = {name: values.astype(np.float64) for name, values in before.items()}
+    m = {name: np.zeros_like(values) for name, values in weights.items()}
+    v = {name: np.zeros_like(values) for name, values in weights.items()}
+    decays = {"conv.weight", "dense.weight", "out.weight"}
+    for k, rate in enumerate(rates, start=1):
+        batch = make_batch(k)
+        gradients = {n: g.astype(np.float64) for n, g in gradients_of(step, batch).items()}
+        reference_update(optimizer, corrected, k, rate, limit)(weights, m, v, gradients, decays)
+        *_, finite, reported, _ = run(step.construct, batch)
+        assert finite
+        assert reported == pytest.approx(rate, rel=1e-6)
+    state = step.state()
+    for name, expected in weights.items():
+        # Some end near 0; their rounding is that of where they were.
+        scale = max(np.abs(expected).max(), np.abs(before[name]).max())
+        assert np.abs(weights_of(step)[name] - expected).max() <= 1e-5 * scale, name
+        # Of 1 - 0.999 float32 knows five digits.
+        for prefix, moment, relative in (("adam_m.", m, 1e-5), ("adam_v.", v, 2e-5)):
+            difference = np.abs(state[prefix + name] - moment[name]).max()
+            assert difference <= relative * np.abs(moment[name]).max(), prefix + name
+    assert state["applied"] == 20
+
+
+def test_rate_stays_at_the_last_row():
+    """Updates beyond the table use its last row."""
+    step = make_step(rates=[0.1, 0.2, 0.3])
+    reported = [float(run(step.construct, make_batch(k))[4]) for k in range(5)]
+    np.testing.assert_allclose(reported, [0.1, 0.2, 0.3, 0.3, 0.3], rtol=1e-6)
+
+
+def test_decay_alone():
+    """With w = 0 there is no gradient: matrices and kernels shrink by 1 - rate * decay, and no
+    bias or norm changes by one bit."""
+    step = make_step(optimizer=AdamW(weight_decay=0.5), rates=[0.1])
+    before = weights_of(step)
+    loss, *_ = run(step.construct, make_batch(w=0.0))
+    assert loss == 0
+    after = weights_of(step)
+    for name in ("conv.weight", "dense.weight", "out.weight"):
+        np.testing.assert_allclose(after[name], before[name] * 0.95, rtol=1e-6)
+    for name in ("conv.bias", "dense.bias", "out.bias", "norm.gamma", "norm.beta"):
+        assert np.array_equal(after[name], before[name]), name
+
+
+def test_decay_is_chosen_by_layer_type():
+    """A norm over two axes is still a norm; names say nothing: see `norm` and `bias` below."""
+
+    class Odd(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.LayerNorm((3, 4))
+            self.groups = nn.GroupNorm(2, 4)
+            self.norm = nn.Dense(3, 4)
+            self.bias = nn.Conv2d(3, 4, 1, has_bias=True)
+            self.table = nn.Embedding(5, 3)
+            self.own = Parameter(Tensor(np.zeros((2, 3), np.float32)))
+
+    names = {"norm.weight", "bias.weight", "table.embedding_table", "own"}
+    assert decayed(Odd()) == names
+
+
+def test_only_the_given_parameters_are_trained():
+    network = make_nano()
+    trained = [network.conv.weight, network.out.bias]
+    before = copied(network.get_parameters())
+    step = make_step(network, parameters=trained)
+    run(step.construct, make_batch())
+    changed = {p.name for p in network.get_parameters() if (p.asnumpy() != before[p.name]).any()}
+    assert changed == {"conv.weight", "out.bias"}
+    assert len(step.state()) == 5
+
+
+# ---- clipping
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.001, 100.0])
+def test_clipping_by_the_global_norm(share):
+    """g * min(1, limit / norm), one factor for all: seen in the first moments, 0.1 times it."""
+    batch = make_batch()
+    plain = make_step()
+    norm = float(run(plain.construct, batch)[2])
+    clipped = make_step(max_grad_norm=share * norm)
+    run(clipped.construct, batch)
+    first, second = everything(plain), everything(clipped)
+    for name in first:
+        if name.startswith("adam_m."):
+            expected = first[name] * min(1.0, share)
+            np.testing.assert_allclose(second[name], expected, rtol=1e-5, err_msg=name)
+
+
+def test_a_gradient_of_0_is_not_clipped():
+    """limit / 0 is infinite and not a number must not come of it."""
+    step = make_step(max_grad_norm=1.0)
+    loss, _, norm, finite, *_ = run(step.construct, make_batch(w=0.0))
+    assert (loss, norm) == (0, 0)
+    assert finite
+    assert all(np.isfinite(values).all() for values in everything(step).values())
+
+
+# ---- updates that are not made
+
+
+def spoiled(kind: str) -> Arrays:
+    """A batch that makes a step not finite."""
+    batch = make_batch(9)
+    if kind == "nan latent":
+        batch["latents"][1, 0, 2, 3] = np.nan
+    elif kind == "infinite noise":
+        batch["noise"][0, 1, 0, 0] = np.inf
+    elif kind == "infinite weight":
+        batch["coefficients"][4, 2] = np.inf
+    elif kind == "overflowing loss":
+        batch["coefficients"][2] = 1e25
+    elif kind == "overflowing norm":
+        batch["coefficients"][4] = 1e25  # the loss is finite, the squared gradients are not
+    return batch
+
+
+SPOILED = [
+    "nan latent",
+    "infinite noise",
+    "infinite weight",
+    "overflowing loss",
+    "overflowing norm",
+]
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_step_that_is_not_finite_changes_nothing(kind, limit):
+    """Parameters and moments keep every bit, and the schedule waits for the next update."""
+    step = make_step(rates=np.arange(1, 11) / 100, max_grad_norm=limit)
+    run(step.construct, make_batch(1))
+    run(step.construct, make_batch(2))
+    before = everything(step)
+    loss, losses, _, finite, rate, _ = run(step.construct, spoiled(kind))
+    assert not finite
+    assert rate == pytest.approx(0.03)
+    if kind == "nan latent":
+        assert np.isfinite(losses).tolist() == [True, False, True]
+    if kind == "overflowing norm":
+        assert np.isfinite(loss)
+    assert_same_bits(everything(step), before)
+    *_, finite, rate, _ = run(step.construct, make_batch(3))
+    assert finite
+    assert rate == pytest.approx(0.03)
+    assert step.state()["applied"] == 3
+
+
+def test_a_skipped_step_leaves_no_trace():
+    """With or without a skipped step in between, the run is the same bit for bit."""
+    first, second = make_step(), make_step()
+    for k in range(3):
+        run(first.construct, make_batch(k))
+        run(second.construct, make_batch(k))
+        run(second.construct, spoiled("infinite noise"))
+    assert_same_bits(everything(first), everything(second))
+
+
+# ---- state
+
+
+def test_state_round_trip():
+    """Three steps, their weights and state into a new step, two more: the same bits as five."""
+    whole, first = make_step(), make_step()
+    for k in range(5):
+        run(whole.construct, make_batch(k))
+    for k in range(3):
+        run(first.construct, make_batch(k))
+    resumed = make_step(make_nano(seed=99))
+    for parameter in resumed.parameters:
+        parameter.set_data(Tensor(weights_of(first)[parameter.name]))
+    resumed.load_state(first.state())
+    assert_same_bits(resumed.state(), first.state())
+    for k in range(3, 5):
+        run(resumed.construct, make_batch(k))
+    assert_same_bits(everything(resumed), everything(whole))
+
+
+def test_state_names_and_types():
+    """Two float32 moments a parameter, by its name, and the count of updates."""
+    step = make_step()
+    run(step.construct, make_batch())
+    state = step.state()
+    names = [parameter.name for parameter in step.parameters]
+    assert set(state) == {f"adam_{x}.{n}" for x in "mv" for n in names} | {"applied"}
+    assert {values.dtype for name, values in state.items() if name != "applied"} == {
+        np.dtype(np.float32)
+    }
+    assert state["applied"].dtype == np.int32
+    assert state["applied"] == 1
+
+
+# ---- compiled
+
+
+def test_compiled_equals_eager():
+    """One graph for every objective: six batches, each with coefficients of its own and one of
+    them not finite, give what eager steps give but for float32 rounding."""
+    rates = np.arange(1, 11) / 1000
+    steps = [make_step(rates=rates, max_grad_norm=2.0) for _ in range(2)]
+    runners = [StepRunner(step, eager) for step, eager in zip(steps, (False, True), strict=True)]
+    calls = [
+        lambda *inputs, runner=runner: runner([[array.asnumpy() for array in inputs]])
+        for runner in runners
+    ]
+    finites = []
+    for k in range(6):
+        batch = spoiled("nan latent") if k == 3 else make_batch(k)
+        graph, eager = (run(call, batch) for call in calls)
+        for actual, expected in zip(graph, eager, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        finites.append(bool(graph[3]))
+    assert finites == [True, True, True, False, True, True]
+    graph_state, eager_state = (everything(step) for step in steps)
+    assert graph_state["applied"] == eager_state["applied"] == 5
+    for name, expected in eager_state.items():
+        scale = np.abs(expected).max()
+        assert np.abs(graph_state[name] - expected).max() <= 1e-5 * scale, name
+
+
+# ---- one objective in three parametrisations
+
+
+class EDM(Preconditioning):
+    """Karras et al. 2022, table 1, sigma_data 0.5."""
+
+    name = "edm"
+
+    def c_skip(self, sigma):
+        return 0.25 / (sigma**2 + 0.25)
+
+    def c_out(self, sigma):
+        return 0.5 * sigma / np.sqrt(sigma**2 + 0.25)
+
+    def c_in(self, sigma):
+        return 1 / np.sqrt(sigma**2 + 0.25)
+
+    def c_noise(self, sigma):
+        return 0.25 * np.log(sigma)
+
+
+class OneDenoiser(nn.Cell):
+    """F of a denoiser D that knows nothing of the parametrisation: (D - c_skip x) / c_out.
+
+    D is a kernel on x / sqrt(sigma^2 + 1). The vector holds c_in, c_skip, c_out and sigma.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(CHANNELS, CHANNELS, 3, pad_mode="pad", padding=1, has_bias=True)
+
+    def construct(self, x, c_noise, context, vector, mask):
+        c_in, c_skip, c_out, sigma = (vector[:, i].reshape(-1, 1, 1, 1) for i in range(4))
+        noisy = x / c_in
+        denoised = self.kernel(noisy / ops.sqrt(sigma * sigma + 1.0))
+        return (denoised - c_skip * noisy) / c_out
+
+
+def test_law_one_denoiser_one_loss():
+    """The same D and lambda through eps, v and EDM coefficients: one loss, one gradient.
+
+    Only float32 rounding tells them apart, and each sample's own error times c_out^2 is |D - z|^2.
+    """
+    sigma = np.array([0.2, 1.0, 6.0])
+    weight = np.array([0.7, 1.3, 0.4])  # lambda, any
+    batch = make_batch(4)
+    x = batch["latents"] + sigma[:, None, None, None] * batch["noise"]
+    network = OneDenoiser()
+    generator = np.random.default_rng(8)
+    for parameter in network.get_parameters():
+        values = generator.standard_normal(parameter.shape) * 0.3
+        parameter.set_data(Tensor(values.astype(np.float32)))
+    step = make_step(network)
+    scaled = x / np.sqrt(sigma**2 + 1)[:, None, None, None]
+    denoised = network.kernel(Tensor(scaled.astype(np.float32))).asnumpy()
+    errors = ((denoised - batch["latents"]) ** 2).mean(axis=(1, 2, 3))
+    slopes = []
+    for parametrisation in (EpsPreconditioning(SCHEDULE), VPreconditioning(SCHEDULE), EDM()):
+        c_skip, c_out = parametrisation.c_skip(sigma), parametrisation.c_out(sigma)
+        vector = np.stack([parametrisation.c_in(sigma), c_skip, c_out, sigma], axis=1)
+        batch["coefficients"] = coefficients(parametrisation, sigma, weight).stacked()
+        batch["vector"] = vector.astype(np.float32)
+        (_, loss, losses), gradients = step.gradient(*tensors(batch))
+        np.testing.assert_allclose(losses.asnumpy() * c_out**2, errors, rtol=2e-5)
+        np.testing.assert_allclose(loss.asnumpy(), (weight * errors).mean(), rtol=2e-5)
+        slopes.append(np.concatenate([g.asnumpy().ravel() for g in gradients]))
+    for slope in slopes[1:]:
+        assert np.abs(slope - slopes[0]).max() <= 2e-5 * np.abs(slopes[0]).max()
