@@ -9,7 +9,7 @@ MANIFESTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
 .PHONY: demo test parity soak lint clean
 
-demo: $(VENV)/ready  ## trains a small model with two plugins on the carried pictures
+demo: $(VENV)/ready  ## trains a small model with two plugins on the carried images
 	$(VENV)/bin/sdxl-host train --plugins edm,snr
 
 test: $(VENV)/ready-dev  ## the whole test suite

@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from sdxl_host.config.load import load
-from sdxl_host.diffusion.objective import Noise, coefficients
+from sdxl_host.diffusion.objective import NoiseLevels, coefficients
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.randomness import Stream, normals, uniforms
 
@@ -41,7 +41,7 @@ def main() -> int:
         u = uniforms(SEED, Stream.NOISE_LEVEL, step, range(BATCH))
         started = time.perf_counter()
         distribution = hooks.sample_timesteps(model, step)
-        noise = Noise.at(distribution.quantile(u), model.schedule, distribution)
+        noise = NoiseLevels.at(distribution.quantile(u), model.schedule, distribution)
         weights = hooks.weight_loss(model, noise, step)
         coefficients(model.preconditioning, noise.sigma, weights).stacked()
         between = time.perf_counter()

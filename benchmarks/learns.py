@@ -1,10 +1,10 @@
-"""Does it learn? Trains on 16 carried pictures and asks for each of them by its caption.
+"""Does it learn? Trains on 16 carried images and asks for each of them by its caption.
 
     python benchmarks/learns.py [--plugins none edm edm,snr] [--steps N] [--out DIR]
 
 For each plugin list: a fresh run of configs/learn_demo.yaml, then a sample from each caption with
 guidance, from pure noise whose seeds training never used. A sample counts as learned when, of the
-16 training pictures, its own is the nearest by the distance of their pixels. The same count with
+16 training images, its own is the nearest by the distance of their pixels. The same count with
 the captions shifted by one is the control: it shows that the caption, not chance, chose.
 """
 
@@ -34,7 +34,7 @@ def train(plugins: str, folder: Path, steps: int | None) -> float:
 
 
 def measure(folder: Path, steps: int, guidance_scale: float, seed: int) -> dict[str, object]:
-    """How many of the pictures of the run in `folder` are drawn from their captions."""
+    """How many of the images of the run in `folder` are drawn from their captions."""
     from sdxl_host.config.load import restore
     from sdxl_host.data.dataset import Text2ImageDataset
     from sdxl_host.device import prepare_device
@@ -53,13 +53,13 @@ def measure(folder: Path, steps: int, guidance_scale: float, seed: int) -> dict[
     samples = [
         dataset.sample(index, generator(0, Stream.CROP, 0, index)) for index in range(len(dataset))
     ]
-    pictures = np.stack([sample.pixels for sample in samples])
+    images = np.stack([sample.pixels for sample in samples])
     captions = [sample.caption for sample in samples]
     sampler, _ = restore_sampler(folder / "checkpoints" / "latest")
     drawn = sampler.draw(captions, steps, guidance_scale, seed)
     save_grid(folder / "learned.png", drawn, captions)
-    save_grid(folder / "pictures.png", pictures, captions)
-    difference = np.clip(drawn, -1, 1)[:, None] - pictures[None]
+    save_grid(folder / "images.png", images, captions)
+    difference = np.clip(drawn, -1, 1)[:, None] - images[None]
     distance = np.sqrt(np.mean(difference**2, axis=(2, 3, 4)))
     nearest = distance.argmin(axis=1)
     own = np.arange(len(captions))
@@ -74,7 +74,7 @@ def measure(folder: Path, steps: int, guidance_scale: float, seed: int) -> dict[
 
 def main() -> None:
     """Prints one line of JSON a plugin list."""
-    parser = argparse.ArgumentParser(description="Does it learn 16 pictures?")
+    parser = argparse.ArgumentParser(description="Does it learn 16 images?")
     parser.add_argument("--plugins", nargs="+", default=["none", "edm", "edm,snr"])
     parser.add_argument("--steps", type=int, help="training steps instead of the config's")
     parser.add_argument("--sampling_steps", type=int, default=25)

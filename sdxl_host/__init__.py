@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding, encode_plain
-    from sdxl_host.diffusion.distributions import DiscreteDistribution, Distribution
-    from sdxl_host.diffusion.model import DiffusionModel, Sampling
-    from sdxl_host.diffusion.objective import Noise
+    from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders, encode_truncated
+    from sdxl_host.diffusion.distributions import DiscreteDistribution, NoiseDistribution
+    from sdxl_host.diffusion.model import DiffusionModel, SamplingDefaults
+    from sdxl_host.diffusion.objective import NoiseLevels
     from sdxl_host.diffusion.preconditioning import Preconditioning
-    from sdxl_host.diffusion.schedule import Schedule
+    from sdxl_host.diffusion.schedule import NoiseSchedule
     from sdxl_host.errors import PluginError
     from sdxl_host.hookspecs import hookimpl
     from sdxl_host.plugins.step_result import StepResult, TrainerView
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 _HOME = {
     "DiffusionModel": "sdxl_host.diffusion.model",
     "DiscreteDistribution": "sdxl_host.diffusion.distributions",
-    "Distribution": "sdxl_host.diffusion.distributions",
-    "Encoders": "sdxl_host.diffusion.conditioning",
-    "Noise": "sdxl_host.diffusion.objective",
+    "NoiseDistribution": "sdxl_host.diffusion.distributions",
+    "TextEncoders": "sdxl_host.diffusion.conditioning",
+    "NoiseLevels": "sdxl_host.diffusion.objective",
     "PluginError": "sdxl_host.errors",
     "Preconditioning": "sdxl_host.diffusion.preconditioning",
     "PromptEmbedding": "sdxl_host.diffusion.conditioning",
-    "Sampling": "sdxl_host.diffusion.model",
-    "Schedule": "sdxl_host.diffusion.schedule",
+    "SamplingDefaults": "sdxl_host.diffusion.model",
+    "NoiseSchedule": "sdxl_host.diffusion.schedule",
     "StepResult": "sdxl_host.plugins.step_result",
     "TrainerView": "sdxl_host.plugins.step_result",
-    "encode_plain": "sdxl_host.diffusion.conditioning",
+    "encode_truncated": "sdxl_host.diffusion.conditioning",
     "hookimpl": "sdxl_host.hookspecs",
     "option": "sdxl_host.settings.options",
 }
@@ -42,17 +42,17 @@ _HOME = {
 __all__ = [
     "DiffusionModel",
     "DiscreteDistribution",
-    "Distribution",
-    "Encoders",
-    "Noise",
+    "NoiseDistribution",
+    "NoiseLevels",
+    "NoiseSchedule",
     "PluginError",
     "Preconditioning",
     "PromptEmbedding",
-    "Sampling",
-    "Schedule",
+    "SamplingDefaults",
     "StepResult",
+    "TextEncoders",
     "TrainerView",
-    "encode_plain",
+    "encode_truncated",
     "hookimpl",
     "option",
 ]

@@ -12,9 +12,9 @@ from sdxl_host.version import __version__
 __all__ = ["main"]
 
 _COMMANDS = {
-    "train": "train a model; with no arguments, a small one on the pictures the package carries",
+    "train": "train a model; with no arguments, a small one on the images the package carries",
     "plan": "show what a training would be, without training: settings, curves, captions, memory",
-    "sample": "draw pictures from a checkpoint",
+    "sample": "draw images from a checkpoint",
     "convert": "write weights in another format or precision",
     "plugins": "list the installed plugins",
     "new-plugin": "write the package of a new plugin, ready to install and test",

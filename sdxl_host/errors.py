@@ -25,7 +25,7 @@ class ConfigError(HostError):
 
 
 class DataError(HostError):
-    """A picture, caption, weight or checkpoint file that cannot be used."""
+    """An image, caption, weight or checkpoint file that cannot be used."""
 
 
 class PluginError(HostError):

@@ -18,10 +18,10 @@ import pluggy
 if TYPE_CHECKING:
     import numpy as np
 
-    from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding
-    from sdxl_host.diffusion.distributions import Distribution
+    from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders
+    from sdxl_host.diffusion.distributions import NoiseDistribution
     from sdxl_host.diffusion.model import DiffusionModel
-    from sdxl_host.diffusion.objective import Noise
+    from sdxl_host.diffusion.objective import NoiseLevels
     from sdxl_host.plugins.step_result import StepResult, TrainerView
 
 __all__ = ["HOOKS", "PROJECT", "hookimpl"]
@@ -47,7 +47,7 @@ def build_model(config: Any) -> DiffusionModel:  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def sample_timesteps(model: DiffusionModel, step: int) -> Distribution:  # type: ignore[empty-body]
+def sample_timesteps(model: DiffusionModel, step: int) -> NoiseDistribution:  # type: ignore[empty-body]
     """Called each step: the distribution that noise levels are drawn from.
 
     step: the update about to be made, from 1. Return the same object while nothing changed: its
@@ -61,7 +61,7 @@ def sample_timesteps(model: DiffusionModel, step: int) -> Distribution:  # type:
 
 
 @hookspec(firstresult=True)
-def weight_loss(model: DiffusionModel, noise: Noise, step: int) -> np.ndarray:  # type: ignore[empty-body]
+def weight_loss(model: DiffusionModel, noise: NoiseLevels, step: int) -> np.ndarray:  # type: ignore[empty-body]
     """Called each step: lambda, the weight on |D - z|^2 for each sample, shape (G,), not negative.
 
     noise: sigma, snr and timestep, each float64 (G,), and their distribution; G is the global
@@ -74,7 +74,7 @@ def weight_loss(model: DiffusionModel, noise: Noise, step: int) -> np.ndarray:  
 
 
 @hookspec(firstresult=True)
-def encode_prompt(prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding:  # type: ignore[empty-body]
+def encode_prompt(prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbedding:  # type: ignore[empty-body]
     """Called for each batch, in training and in sampling: what the prompts become.
 
     prompts: B strings. encoders: the frozen text encoders. A pure function of the prompts, because
@@ -82,7 +82,7 @@ def encode_prompt(prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding
 
         @hookimpl
         def encode_prompt(self, prompts, encoders):
-            return encode_plain([prompt.lower() for prompt in prompts], encoders)
+            return encode_truncated([prompt.lower() for prompt in prompts], encoders)
     """
 
 
@@ -90,10 +90,11 @@ def encode_prompt(prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding
 def on_step_end(trainer: TrainerView, result: StepResult) -> None:
     """Called after each step, for every plugin that observes; returns nothing.
 
-    trainer: step, total_steps, save_path, is_main, model, log(name, value) and stop(reason).
-    result: loss, losses (G,), weights, noise, learning_rate, gradient_norm, applied, samples:
+    trainer: step, total_steps, save_path, is_main_process, model, log(name, value), stop(reason).
+    result: loss, per_sample_loss (G,), loss_weight, noise, learning_rate, gradient_norm, skipped,
+    sample_ids:
 
         @hookimpl
         def on_step_end(self, trainer, result):
-            trainer.log("loss_of_noisiest", result.losses[result.noise.sigma.argmax()])
+            trainer.log("loss_of_noisiest", result.per_sample_loss[result.noise.sigma.argmax()])
     """

@@ -202,7 +202,7 @@ def test_an_error_goes_to_standard_error_as_it_is(monkeypatch, capsys, error):
 # ---- bad data, found before anything slow begins (these import MindSpore)
 
 
-def pictures(folder: Path) -> Path:
+def images(folder: Path) -> Path:
     folder.mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (40, 36), "red").save(folder / f"{name}.png")
@@ -225,23 +225,23 @@ def folder_missing(here: Path) -> tuple[list[str], str]:
 
 def folder_empty(here: Path) -> tuple[list[str], str]:
     (here / "empty").mkdir()
-    return ["--data_path", "empty"], "data_path empty: holds no captioned picture"
+    return ["--data_path", "empty"], "data_path empty: holds no captioned image"
 
 
-def picture_corrupt(here: Path) -> tuple[list[str], str]:
-    file = pictures(here / "data") / "b.png"
+def image_corrupt(here: Path) -> tuple[list[str], str]:
+    file = images(here / "data") / "b.png"
     file.write_bytes(file.read_bytes()[:50])
-    return ["--data_path", "data"], "data/b.png: can't be read as a picture"
+    return ["--data_path", "data"], "data/b.png: can't be read as an image"
 
 
-def picture_missing(here: Path) -> tuple[list[str], str]:
-    table = pictures(here / "data") / "metadata.jsonl"
+def image_missing(here: Path) -> tuple[list[str], str]:
+    table = images(here / "data") / "metadata.jsonl"
     table.write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "c.png", "text": "x"}\n')
-    return ["--data_path", "data"], "metadata.jsonl, line 2: names the picture c.png"
+    return ["--data_path", "data"], "metadata.jsonl, line 2: names the image c.png"
 
 
 def caption_missing(here: Path) -> tuple[list[str], str]:
-    (pictures(here / "data") / "b.txt").unlink()
+    (images(here / "data") / "b.txt").unlink()
     return ["--data_path", "data"], "data/b.png: has no caption"
 
 
@@ -264,8 +264,8 @@ BAD = [
     weight_missing,
     folder_missing,
     folder_empty,
-    picture_corrupt,
-    picture_missing,
+    image_corrupt,
+    image_missing,
     caption_missing,
     transform_unknown,
     optimizer_param,
@@ -282,7 +282,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(device, here, capsys, b
     assert sorted(here.rglob("*")) == before
 
 
-@pytest.mark.parametrize("bad", [picture_corrupt, unwritable])
+@pytest.mark.parametrize("bad", [image_corrupt, unwritable])
 def test_bad_input_in_a_process_of_its_own(here, bad):
     """MindSpore writes nothing to standard error either."""
     words, message = bad(here)

@@ -70,7 +70,7 @@ def test_every_wheel_carries_its_licence(dist: Path) -> None:
             assert any(name.endswith("/licenses/LICENSE") for name in names), package
 
 
-def test_the_hosts_wheel_carries_configs_pictures_tokenizer_and_their_notices(dist: Path) -> None:
+def test_the_hosts_wheel_carries_configs_images_tokenizer_and_their_notices(dist: Path) -> None:
     with wheel(dist, "sdxl_host") as archive:
         names = set(archive.namelist())
         metadata = next(name for name in names if name.endswith("/METADATA"))

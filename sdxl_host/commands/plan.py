@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 _OUT = "plan"
-_FILES = CONFIG_FILE, CURVES_FILE, PICTURE_FILE = "config.yaml", "curves.csv", "curves.png"
+_FILES = CONFIG_FILE, CURVES_FILE, IMAGE_FILE = "config.yaml", "curves.csv", "curves.png"
 _NAMED = 5  # captions that are cut off, by name
 _HELP = f"""\
 usage: sdxl-host plan [arguments of sdxl-host train] [--out DIR]
@@ -29,7 +29,7 @@ Shows what sdxl-host train would do with the same arguments, without training an
 in memory: the resolved config and where each value came from, what plugins change, which timesteps
 are drawn and what they weigh, captions that are too long, parameters, and an estimate of memory.
 
-  --out DIR   folder for {CONFIG_FILE}, {CURVES_FILE} and {PICTURE_FILE}; one that holds any of
+  --out DIR   folder for {CONFIG_FILE}, {CURVES_FILE} and {IMAGE_FILE}; one that holds any of
               them is refused [{_OUT}, or the first of {_OUT}-2, {_OUT}-3, ... that is not there]
 
 sdxl-host train --help lists the other arguments."""
@@ -98,12 +98,12 @@ def _write(folder: Path, text: str, before: Curve, after: Curve, config: RunConf
     from sdxl_host.planning.chart import draw_curves
 
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
-    picture = draw_curves(before, after, f"plugins: {names}")
+    image = draw_curves(before, after, f"plugins: {names}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(text, "utf-8")
         (folder / CURVES_FILE).write_text(_csv(before, after), "utf-8")
-        picture.save(folder / PICTURE_FILE)
+        image.save(folder / IMAGE_FILE)
     except OSError as error:
         raise DataError(
             f"--out {folder}: can't be written ({error.strerror}); give another folder"
@@ -200,10 +200,10 @@ def _check_fit(parts: Sequence[Part], source: Source) -> None:
 def _caption_lines(hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[str]:
     from sdxl_host.planning.captions import caption_lengths
 
-    lengths = caption_lengths(hooks, model.encoders, dataset.pictures)
+    lengths = caption_lengths(hooks, model.encoders, dataset.images)
     longest = max(lengths, key=lambda length: length.tokens)
     cut = sorted((each for each in lengths if each.lost), key=lambda each: -each.lost)
-    whose = " of the pictures that the package carries" if dataset.is_demo else ""
+    whose = " of the images that the package carries" if dataset.is_demo else ""
     lines = [
         f"captions    {len(cut) or 'none'} of {len(lengths)}{whose} cut off; "
         f"encoded by {hooks.chain('encode_prompt')}",

@@ -1,4 +1,4 @@
-"""`sdxl-host sample`: pictures from a checkpoint with its plugins, or from a file of weights."""
+"""`sdxl-host sample`: images from a checkpoint with its plugins, or from a file of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sdxl_host.sampling.pipeline import PictureSampler
+    from sdxl_host.sampling.pipeline import ImageSampler
 
 __all__ = ["sample"]
 
@@ -26,7 +26,7 @@ is that of --config, and whatever else `sdxl-host train` understands may follow:
 
 
 def sample(arguments: Sequence[str]) -> int:
-    """Draws pictures as the arguments say; returns the exit code."""
+    """Draws images as the arguments say; returns the exit code."""
     options, rest = _parser().parse_known_args(list(arguments))
     _check(options, rest)
 
@@ -47,14 +47,14 @@ def sample(arguments: Sequence[str]) -> int:
     from sdxl_host.sampling.grid import save_grid
 
     save_grid(options.out, pixels, options.prompt)
-    print(f"pictures    {options.out}")
+    print(f"images      {options.out}")
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="sdxl-host sample",
-        description="Draw pictures from a checkpoint, or from a file of weights.",
+        description="Draw images from a checkpoint, or from a file of weights.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,7 +64,7 @@ def _parser() -> Parser:
     add("--config", metavar="FILE", help=f"the model of --weight [{_CONFIG}]")
     add("--use_ema", type=_truth, metavar="BOOL",
         help="draw from a checkpoint's moving averages [where it keeps them]")  # fmt: skip
-    add("--prompt", required=True, action="append", help="give it once a picture")
+    add("--prompt", required=True, action="append", help="give it once an image")
     add("--negative_prompt", metavar="TEXT", help="what guidance leads away from [zero embedding]")
     add("--steps", type=int, default=25, help="sampling steps [25]")
     add("--guidance_scale", type=float, default=5.0, help="1: no guidance [5.0]")
@@ -74,13 +74,13 @@ def _parser() -> Parser:
         help="trailing, karras or edm [the model's own]")  # fmt: skip
     add("--seed", type=int, default=42, help="seed of the noise [42]")
     add("--size", type=_pair, metavar="HxW",
-        help="height and width of a picture [what the model was trained on]")  # fmt: skip
+        help="height and width of an image [what the model was trained on]")  # fmt: skip
     add("--original_size", type=_pair, metavar="HxW",
-        help="what the network is told the picture's size was before resizing")  # fmt: skip
+        help="what the network is told the image's size was before resizing")  # fmt: skip
     add("--crop_top_left", type=_pair, metavar="TxL",
-        help="where the network is told the picture was cropped [0x0]")  # fmt: skip
+        help="where the network is told the image was cropped [0x0]")  # fmt: skip
     add("--target_size", type=_pair, metavar="HxW",
-        help="what the network is told the picture's size is [its size]")  # fmt: skip
+        help="what the network is told the image's size is [its size]")  # fmt: skip
     add("--aesthetic_score", type=float, metavar="S", help="for a model with that condition [6.0]")
     add("--negative_aesthetic_score", type=float, metavar="S", help="the same without prompt [2.5]")
     add("--out", type=Path, default=Path("grid.png"), help="PNG file [grid.png]")
@@ -166,7 +166,7 @@ def _check_for_training(word: str) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Sees that the picture can be written before it is drawn."""
+    """Sees that the image can be written before it is drawn."""
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: must end with .png")
     try:
@@ -182,7 +182,7 @@ def _check_out(out: Path) -> None:
 
 def _sampler(
     options: argparse.Namespace, rest: Sequence[str]
-) -> tuple[PictureSampler, Sequence[str]]:
+) -> tuple[ImageSampler, Sequence[str]]:
     """The sampler that the arguments describe, and lines that say what it is."""
     names = (
         "size", "original_size", "crop_top_left", "target_size",
@@ -200,13 +200,13 @@ def _sampler(
 
         return restore_sampler(options.checkpoint, options.use_ema, **told)
 
-    from sdxl_host.config.load import load_model, picture_size
+    from sdxl_host.config.load import image_size, load_model
 
     config = load_model(["--config", options.config or _CONFIG, *rest, "--weight", options.weight])
     prepare_device(config.train.device_target)
     from sdxl_host.sampling.load import weight_sampler
     from sdxl_host.sampling.pipeline import Conditions
 
-    size = picture_size(config)
+    size = image_size(config)
     sampler, lines = weight_sampler(config, Conditions(size, size), **told)
     return sampler, [*lines, *(f"note        {notice}" for notice in config.notices)]

@@ -51,7 +51,7 @@ def _help() -> str:
     rows = {row["name"]: row for row in describe(DataSettings) + describe(TrainSettings)}
     flags = [("config", "FILE", "a YAML file, yours or a packaged one"),
              ("plugins", "A,B", "plugins of this run, in order; none for no plugin"),
-             ("data_path", "FOLDER", "captioned pictures to learn from")]  # fmt: skip
+             ("data_path", "FOLDER", "captioned images to learn from")]  # fmt: skip
     for name in [
         *(n for n in FLAG_HOMES if n != "data_path"),
         *(r["name"] for r in describe(TrainSettings)),
@@ -62,7 +62,7 @@ def _help() -> str:
     lines = [
         "usage: sdxl-host train [--flag VALUE ...] [section.key=value ...]",
         "",
-        "With no --config, trains a small model on pictures that the package carries.",
+        "With no --config, trains a small model on images that the package carries.",
         "",
         *(f"  --{name:<28}{kind:<26}{text}" for name, kind, text in flags),
         "",

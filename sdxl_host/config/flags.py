@@ -46,7 +46,7 @@ _PATHS = {
     "train.resume": "a checkpoint folder, or `latest`",
     "train.optimizer_weight": "the optimizer's state",
     "train.save_path": "a folder",
-    FLAG_HOMES["data_path"]: "a folder of pictures",
+    FLAG_HOMES["data_path"]: "a folder of images",
 }
 
 

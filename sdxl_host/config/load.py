@@ -42,10 +42,10 @@ __all__ = [
     "DEFAULT_CONFIG",
     "RunConfig",
     "find_config",
+    "image_size",
     "load",
     "load_model",
     "packaged_configs",
-    "picture_size",
     "read_yaml",
     "restore",
 ]
@@ -94,8 +94,8 @@ def load_model(arguments: Sequence[str]) -> RunConfig:
     return _assemble(tree, lines, lines.config)
 
 
-def picture_size(config: RunConfig) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures that the config's model is trained on."""
+def image_size(config: RunConfig) -> tuple[int, int]:
+    """(height, width) in pixels of the images that the config's model is trained on."""
     side = config.data.dataset_config.get("params", {}).get("target_size", 1024)
     return side, side
 
@@ -178,7 +178,7 @@ def _check_parts(train: TrainSettings, data: DataSettings, optim: OptimSettings)
     """Refuses what the sections' types allow and no run can have."""
     if data.python_multiprocessing:
         raise ConfigError(
-            "data.python_multiprocessing: True is not supported; pictures are loaded by "
+            "data.python_multiprocessing: True is not supported; images are loaded by "
             "data.num_parallel_workers threads, set it to False"
         )
     if train.sink_queue_size == 0:

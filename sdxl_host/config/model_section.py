@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sdxl_host.diffusion.distributions import DiscreteDistribution
-from sdxl_host.diffusion.model import DiffusionModel, Lazy, Sampling
+from sdxl_host.diffusion.model import DiffusionModel, Lazy, SamplingDefaults
 from sdxl_host.diffusion.preconditioning import (
     EpsPreconditioning,
     Preconditioning,
@@ -22,7 +22,7 @@ from sdxl_host.diffusion.preconditioning import (
     unit_weighting,
     v_weighting,
 )
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.settings.targets import build
 
 __all__ = [
@@ -52,7 +52,7 @@ Node = Mapping[str, Any]
 class EpsScaling:
     """The network predicts the noise."""
 
-    def preconditioning(self, schedule: Schedule, weighting: Weighting) -> Preconditioning:
+    def preconditioning(self, schedule: NoiseSchedule, weighting: Weighting) -> Preconditioning:
         """Eps-prediction over `schedule`."""
         return EpsPreconditioning(schedule, weighting)
 
@@ -60,7 +60,7 @@ class EpsScaling:
 class VScaling:
     """The network predicts v."""
 
-    def preconditioning(self, schedule: Schedule, weighting: Weighting) -> Preconditioning:
+    def preconditioning(self, schedule: NoiseSchedule, weighting: Weighting) -> Preconditioning:
         """v-prediction over `schedule`."""
         return VPreconditioning(schedule, weighting)
 
@@ -94,7 +94,7 @@ class LegacyDDPMDiscretization:
     ) -> None:
         if num_timesteps < 2:
             raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
-        self.schedule = Schedule.scaled_linear(linear_start, linear_end, num_timesteps)
+        self.schedule = NoiseSchedule.scaled_linear(linear_start, linear_end, num_timesteps)
 
 
 class DiscreteDenoiser:
@@ -202,7 +202,9 @@ class DiffusionEngine:
         self.model = DiffusionModel(
             preconditioning=denoiser.preconditioning,
             schedule=schedule,
-            sampling=Sampling("trailing", float(schedule.sigmas[0]), float(schedule.sigmas[-1])),
+            sampling=SamplingDefaults(
+                "trailing", float(schedule.sigmas[0]), float(schedule.sigmas[-1])
+            ),
             distribution=DiscreteDistribution(schedule),
             offset_noise_level=loss.offset_noise_level,
             conditioner_part=conditioner,

@@ -123,7 +123,7 @@ _ROWS = (
         "train.sample_count",
         lambda tree: bool(tree["train"]["sample_prompts"]),
         "a grid shows the sample_prompts",
-        "give as many prompts as pictures",
+        "give as many prompts as images",
     ),
     _Unused(
         "train.negative_prompt",

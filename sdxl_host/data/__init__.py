@@ -1,1 +1,1 @@
-"""Captioned pictures: from a folder to the arrays that a training step takes."""
+"""Captioned images: from a folder to the arrays that a training step takes."""

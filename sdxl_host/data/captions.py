@@ -1,4 +1,4 @@
-"""Which pictures a folder holds and what their captions are."""
+"""Which images a folder holds and what their captions are."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sdxl_host.errors import DataError
 
 __all__ = ["Captioned", "read_folder"]
 
-PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """One picture: its name inside the folder, which is its id, its file and its caption."""
+    """One image: its name inside the folder, which is its id, its file and its caption."""
 
     name: str
     file: Path
@@ -26,13 +26,13 @@ class Captioned:
 
 
 def read_folder(folder: Path) -> list[Captioned]:
-    """The captioned pictures of a folder, sorted by name.
+    """The captioned images of a folder, sorted by name.
 
     Captions come from `metadata.jsonl` (`file_name`, `text`), else from the folder's one `.csv`
-    (`dir`, `text`), else from a `.txt` file beside each picture, in subfolders too. Whitespace in
+    (`dir`, `text`), else from a `.txt` file beside each image, in subfolders too. Whitespace in
     them, line ends included, becomes single spaces.
-    Raises DataError, naming file and remedy, for a folder without pictures, a caption without its
-    picture and a picture without its caption.
+    Raises DataError, naming file and remedy, for a folder without images, a caption without its
+    image and an image without its caption.
     """
     if not folder.is_dir():
         raise DataError(f"data_path {folder}: there is no such folder")
@@ -51,15 +51,15 @@ def read_folder(folder: Path) -> list[Captioned]:
         found = list(_from_sidecars(folder))
     if not found:
         raise DataError(
-            f"data_path {folder}: holds no captioned picture; put pictures "
-            f"({', '.join(PICTURE_SUFFIXES)}) there, each with a .txt beside it, or a "
+            f"data_path {folder}: holds no captioned image; put images "
+            f"({', '.join(IMAGE_SUFFIXES)}) there, each with a .txt beside it, or a "
             "metadata.jsonl or a .csv"
         )
-    names = [picture.name for picture in found]
+    names = [image.name for image in found]
     for name in names:
         if len(set(names)) < len(names) and names.count(name) > 1:
             raise DataError(f"data_path {folder}: {name} is captioned twice; keep one caption")
-    return sorted(found, key=lambda picture: picture.name)
+    return sorted(found, key=lambda image: image.name)
 
 
 def _from_jsonl(table: Path) -> Iterator[Captioned]:
@@ -94,39 +94,35 @@ def _from_csv(table: Path) -> Iterator[Captioned]:
         ) from error
 
 
-def _from_row(table: Path, number: int, row: object, picture: str, caption: str) -> Captioned:
-    if not isinstance(row, dict) or not all(
-        isinstance(row.get(k), str) for k in (picture, caption)
-    ):
-        raise DataError(f"{table}, line {number}: needs the texts {picture} and {caption}")
-    file = table.parent / row[picture]
+def _from_row(table: Path, number: int, row: object, image: str, caption: str) -> Captioned:
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in (image, caption)):
+        raise DataError(f"{table}, line {number}: needs the texts {image} and {caption}")
+    file = table.parent / row[image]
     if not file.is_file():
         raise DataError(
-            f"{table}, line {number}: names the picture {row[picture]}, which is not there; add "
-            "the picture or remove the line"
+            f"{table}, line {number}: names the image {row[image]}, which is not there; add "
+            "the image or remove the line"
         )
-    return Captioned(row[picture], file, _one_line(row[caption]))
+    return Captioned(row[image], file, _one_line(row[caption]))
 
 
 def _from_sidecars(folder: Path) -> Iterator[Captioned]:
-    pictures = {
-        f for f in folder.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()
-    }
+    images = {f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()}
     for text in sorted(folder.rglob("*.txt")):
-        if not any(text.with_suffix(suffix) in pictures for suffix in _spellings(pictures)):
+        if not any(text.with_suffix(suffix) in images for suffix in _spellings(images)):
             raise DataError(
-                f"{text}: a caption without its picture; add the picture or remove the file"
+                f"{text}: a caption without its image; add the image or remove the file"
             )
-    for picture in sorted(pictures):
-        sidecar = picture.with_suffix(".txt")
+    for image in sorted(images):
+        sidecar = image.with_suffix(".txt")
         if not sidecar.is_file():
-            raise DataError(f"{picture}: has no caption; write one to {sidecar.name} beside it")
-        name = picture.relative_to(folder).as_posix()
-        yield Captioned(name, picture, _one_line(_text(sidecar)))
+            raise DataError(f"{image}: has no caption; write one to {sidecar.name} beside it")
+        name = image.relative_to(folder).as_posix()
+        yield Captioned(name, image, _one_line(_text(sidecar)))
 
 
-def _spellings(pictures: set[Path]) -> set[str]:
-    return {picture.suffix for picture in pictures}
+def _spellings(images: set[Path]) -> set[str]:
+    return {image.suffix for image in images}
 
 
 def _one_line(caption: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures with captions, by index."""
+"""Images with captions, by index."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sdxl_host.data.transforms import Transform
 from sdxl_host.errors import DataError, did_you_mean
 from sdxl_host.settings.targets import build
 
-__all__ = ["DEMO_PICTURES", "Sample", "Text2ImageDataset"]
+__all__ = ["DEMO_IMAGES", "Sample", "Text2ImageDataset"]
 
-DEMO_PICTURES = Path(__file__).parent / "demo"
+DEMO_IMAGES = Path(__file__).parent / "demo"
 
-# Up to this many pictures are decoded once before a run starts; of more, only the headers are read.
+# Up to this many images are decoded once before a run starts; of more, only the headers are read.
 _DECODED_AT_START = 1000
 
 # EXIF orientations that exchange width and height.
@@ -30,7 +30,7 @@ _TURNED = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as a step takes it.
+    """One image as a step takes it.
 
     name: its id. caption: its text. pixels: (3, target, target) float32 in [-1, 1].
     sizes: (height, width) or (top, left) pairs, and the score, by embedder key.
@@ -43,15 +43,15 @@ class Sample:
 
 
 class Text2ImageDataset:
-    """A folder of captioned pictures (see `captions.read_folder`).
+    """A folder of captioned images (see `captions.read_folder`).
 
     Args:
         target_size: side of the square that the network sees, in pixels.
         transforms: nodes of `transforms`, applied in order.
-        data_path: the folder; empty for the pictures that the package carries.
-        only: names of the pictures to take from the folder; none given, all of them.
+        data_path: the folder; empty for the images that the package carries.
+        only: names of the images to take from the folder; none given, all of them.
         aesthetic_score: what a model with that condition, such as SDXL's refiner, is told of
-            every picture.
+            every image.
     """
 
     def __init__(
@@ -69,43 +69,43 @@ class Text2ImageDataset:
         self.aesthetic_score = float(aesthetic_score)
         self.is_demo = not data_path
         self.target_size = target_size
-        self.pictures = read_folder(Path(data_path).expanduser() if data_path else DEMO_PICTURES)
+        self.images = read_folder(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
         if only is not None:
             if not only:
                 raise ValueError(
-                    "Text2ImageDataset: only names no picture; name some, or leave it out to take "
+                    "Text2ImageDataset: only names no image; name some, or leave it out to take "
                     "all of them"
                 )
-            by_name = {picture.name: picture for picture in self.pictures}
+            by_name = {entry.name: entry for entry in self.images}
             for name in only:
                 if name not in by_name:
                     raise DataError(
-                        f"data.dataset_config.params.only: there is no picture {name}"
-                        f"{did_you_mean(name, by_name)} in {data_path or 'the carried pictures'}"
+                        f"data.dataset_config.params.only: there is no image {name}"
+                        f"{did_you_mean(name, by_name)} in {data_path or 'the carried images'}"
                     )
-            self.pictures = [by_name[name] for name in only]
+            self.images = [by_name[name] for name in only]
         where = "data.dataset_config.params.transforms"
         self._transforms: list[Transform] = [
             build(node, "transform", f"{where}[{index}]") for index, node in enumerate(transforms)
         ]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def check(self, threads: Executor) -> None:
-        """Opens every picture. Raises DataError naming the first that can't be read."""
+        """Opens every image. Raises DataError naming the first that can't be read."""
         size = _decoded_size if len(self) <= _DECODED_AT_START else _header_size
-        self._heights_and_widths = list(threads.map(size, self.pictures))
+        self._heights_and_widths = list(threads.map(size, self.images))
 
     def typical_size(self) -> tuple[int, int]:
-        """Median (height, width) of the pictures as they were before resizing, after `check`."""
+        """Median (height, width) of the images as they were before resizing, after `check`."""
         height, width = np.median(self._heights_and_widths, axis=0).astype(int)
         return int(height), int(width)
 
     def sample(self, index: int, generator: np.random.Generator) -> Sample:
-        """Picture `index`; its random crop is drawn from `generator`."""
-        picture = self.pictures[index]
-        image = _decode(picture)
+        """Image `index`; its random crop is drawn from `generator`."""
+        entry = self.images[index]
+        image = _decode(entry)
         target = (self.target_size, self.target_size)
         sample: dict[str, Any] = {
             "image": np.asarray(image),
@@ -122,37 +122,37 @@ class Text2ImageDataset:
                 raise DataError(
                     f"data.dataset_config.params.transforms[{index}]: {type(transform).__name__} "
                     f"can't take the {before.dtype} {before.shape} that those before it make of "
-                    f"{picture.name} ({error}); the usual order is Resize, Rescaler, "
+                    f"{entry.name} ({error}); the usual order is Resize, Rescaler, "
                     "AddOriginalImageSizeAsTupleAndCropToSquare, Transpose"
                 ) from error
         pixels = sample.pop("image")
         if pixels.shape != (3, *target) or pixels.dtype != np.float32:
             raise DataError(
                 f"data.dataset_config.params.transforms: they make {pixels.dtype} "
-                f"{pixels.shape} of {picture.name}, not float32 {(3, *target)}; resize and crop "
+                f"{pixels.shape} of {entry.name}, not float32 {(3, *target)}; resize and crop "
                 "to target_size, rescale and transpose"
             )
-        return Sample(picture.name, picture.caption, pixels, sample)
+        return Sample(entry.name, entry.caption, pixels, sample)
 
 
-def _decoded_size(picture: Captioned) -> tuple[int, int]:
-    """(height, width) of the whole picture, read to its end."""
-    image = _decode(picture)
+def _decoded_size(entry: Captioned) -> tuple[int, int]:
+    """(height, width) of the whole image, read to its end."""
+    image = _decode(entry)
     return image.height, image.width
 
 
-def _header_size(picture: Captioned) -> tuple[int, int]:
+def _header_size(entry: Captioned) -> tuple[int, int]:
     """(height, width) after the rotation, of which the file's header tells."""
-    with _opened(picture) as image:
+    with _opened(entry) as image:
         # Not image.getexif(), which for a PNG would decode all of it.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         width, height = image.size
     return (width, height) if orientation in _TURNED else (height, width)
 
 
-def _decode(picture: Captioned) -> Image.Image:
-    """The picture, rotated as its EXIF says and in RGB; transparency lies on white."""
-    with _opened(picture) as image:
+def _decode(entry: Captioned) -> Image.Image:
+    """The image, rotated as its EXIF says and in RGB; transparency lies on white."""
+    with _opened(entry) as image:
         upright = _eight_bits(ImageOps.exif_transpose(image))
         if "A" in upright.getbands() or "transparency" in upright.info:
             upright = upright.convert("RGBA")
@@ -162,7 +162,7 @@ def _decode(picture: Captioned) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8, because Pillow would clip it; other pictures as they are."""
+    """Grey of 16 bits scaled to 8, because Pillow would clip it; other images as they are."""
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image)
@@ -174,11 +174,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(picture: Captioned) -> Iterator[Image.Image]:
+def _opened(entry: Captioned) -> Iterator[Image.Image]:
     try:
-        with Image.open(picture.file) as image:
+        with Image.open(entry.file) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{picture.file}: can't be read as a picture ({error}); replace or remove it"
+            f"{entry.file}: can't be read as an image ({error}); replace or remove it"
         ) from error

@@ -1,4 +1,4 @@
-"""The picture transforms of the original configs, by their names.
+"""The image transforms of the original configs, by their names.
 
 A sample is a dict: `image` is (H, W, 3) uint8 at first; sizes are (height, width) pairs. Each
 transform takes the sample and the generator that its random choices are drawn from.
@@ -23,7 +23,7 @@ Sample = dict[str, Any]
 
 
 class Transform(Protocol):
-    """One step from a decoded picture to the network's input."""
+    """One step from a decoded image to the network's input."""
 
     def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
         """The changed sample."""
@@ -31,7 +31,7 @@ class Transform(Protocol):
 
 
 class Resize:
-    """Scales the picture so that its shorter side has `size` pixels.
+    """Scales the image so that its shorter side has `size` pixels.
 
     interpolation: as in Pillow and torchvision; 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
     """
@@ -68,7 +68,7 @@ class Rescaler:
 class AddOriginalImageSizeAsTupleAndCropToSquare:
     """A random square crop; records where it was cut, as `crop_coords_top_left`.
 
-    `original_size_as_tuple` is recorded when the picture is read, after its EXIF rotation.
+    `original_size_as_tuple` is recorded when the image is read, after its EXIF rotation.
     """
 
     def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:

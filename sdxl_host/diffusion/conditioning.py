@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Encoders", "PromptEmbedding", "TextEncoder", "encode_plain", "unconditional"]
+__all__ = ["PromptEmbedding", "TextEncoder", "TextEncoders", "encode_truncated", "unconditional"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextEncoder(Protocol):
         ...
 
 
-class Encoders(Sequence[TextEncoder]):
+class TextEncoders(Sequence[TextEncoder]):
     """The text encoders of a model, in the order in which the context holds their channels."""
 
     def __init__(self, encoders: Sequence[TextEncoder]) -> None:
@@ -96,7 +96,7 @@ class Encoders(Sequence[TextEncoder]):
         )
 
 
-def encode_plain(prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding:
+def encode_truncated(prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbedding:
     """The host's own encoding: begin, up to 75 tokens, end, padding; the rest is cut off."""
     hidden, pooled = [], []
     for encoder in encoders:

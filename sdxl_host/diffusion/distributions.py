@@ -12,23 +12,23 @@ from collections.abc import Callable
 import numpy as np
 
 from sdxl_host.diffusion.arrays import FloatArray, floats
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
-__all__ = ["DiscreteDistribution", "Distribution", "ReweightedDistribution"]
+__all__ = ["DiscreteDistribution", "NoiseDistribution", "ReweightedDistribution"]
 
 # expect() averages a continuous distribution at this many equally probable sigmas.
 _QUADRATURE_POINTS = 1 << 16
 _LARGEST_UNIFORM = 1.0 - 2.0**-53
 
 
-class Distribution(ABC):
+class NoiseDistribution(ABC):
     """A distribution of noise levels.
 
     `schedule` gives every sigma its position on the timestep scale, on which `reweighted` works.
     A subclass gives `quantile` and `cdf`; a continuous one keeps cdf(quantile(u)) = u.
     """
 
-    schedule: Schedule
+    schedule: NoiseSchedule
 
     @abstractmethod
     def quantile(self, u: FloatArray) -> FloatArray:
@@ -43,7 +43,7 @@ class Distribution(ABC):
         u = (np.arange(_QUADRATURE_POINTS) + 0.5) / _QUADRATURE_POINTS
         return float(np.mean(f(self.quantile(u))))
 
-    def reweighted(self, weights: FloatArray) -> Distribution:
+    def reweighted(self, weights: FloatArray) -> NoiseDistribution:
         """This distribution with its density multiplied by weights[nearest timestep].
 
         weights: (N,) over the schedule's timesteps, finite and greater than 0; their scale does
@@ -51,19 +51,19 @@ class Distribution(ABC):
         """
         return ReweightedDistribution(self, _checked_weights(weights, len(self.schedule)))
 
-    def ratio(self, sigma: FloatArray) -> FloatArray:
+    def density_ratio(self, sigma: FloatArray) -> FloatArray:
         """This density over the density before any `reweighted`: 1 unless it was reweighted."""
         return np.ones_like(floats(sigma))
 
 
-class DiscreteDistribution(Distribution):
+class DiscreteDistribution(NoiseDistribution):
     """Timesteps of the schedule, each with a probability; uniform when none are given.
 
     probabilities: (N,) non-negative with a positive sum; they are normalised.
     quantile(cdf(s_t)) = s_t wherever the timestep t has a probability above 0.
     """
 
-    def __init__(self, schedule: Schedule, probabilities: FloatArray | None = None) -> None:
+    def __init__(self, schedule: NoiseSchedule, probabilities: FloatArray | None = None) -> None:
         self.schedule = schedule
         if probabilities is None:
             probabilities = np.ones(len(schedule))
@@ -89,14 +89,14 @@ class DiscreteDistribution(Distribution):
         return float(np.sum(self.probabilities * f(self.schedule.sigmas)))
 
 
-class ReweightedDistribution(Distribution):
+class ReweightedDistribution(NoiseDistribution):
     """`base` with density p(s) * w(t(s)) / Z, where t(s) is the nearest timestep.
 
     Sampled exactly: piece j between the edges e_j and e_{j+1} carries the mass
     w_j * (F(e_{j+1}) - F(e_j)), and inside a piece the base's own quantile answers.
     """
 
-    def __init__(self, base: Distribution, weights: FloatArray) -> None:
+    def __init__(self, base: NoiseDistribution, weights: FloatArray) -> None:
         self.base = base
         self.schedule = base.schedule
         self._weights = weights
@@ -130,13 +130,13 @@ class ReweightedDistribution(Distribution):
 
     def expect(self, f: Callable[[FloatArray], FloatArray]) -> float:
         # The base may know an exact mean (a discrete one does); the ratio carries the weights.
-        return self.base.expect(lambda sigma: self.ratio(sigma) * f(sigma))
+        return self.base.expect(lambda sigma: self.density_ratio(sigma) * f(sigma))
 
-    def reweighted(self, weights: FloatArray) -> Distribution:
-        # Flat, so `ratio` always refers to the distribution before any reweighting.
+    def reweighted(self, weights: FloatArray) -> NoiseDistribution:
+        # Flat, so `density_ratio` always refers to the distribution before any reweighting.
         return self.base.reweighted(self._weights * _checked_weights(weights, len(self.schedule)))
 
-    def ratio(self, sigma: FloatArray) -> FloatArray:
+    def density_ratio(self, sigma: FloatArray) -> FloatArray:
         return self._ratios[self.schedule.nearest(sigma)]
 
 

@@ -13,12 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from sdxl_host.diffusion.conditioning import Encoders
-from sdxl_host.diffusion.distributions import Distribution
+from sdxl_host.diffusion.conditioning import TextEncoders
+from sdxl_host.diffusion.distributions import NoiseDistribution
 from sdxl_host.diffusion.preconditioning import Preconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
-__all__ = ["DiffusionModel", "Lazy", "NetworkChange", "Sampling"]
+__all__ = ["DiffusionModel", "Lazy", "NetworkChange", "SamplingDefaults"]
 
 T = TypeVar("T")
 
@@ -38,8 +38,8 @@ class Lazy(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How pictures are drawn from this model unless the user says otherwise.
+class SamplingDefaults:
+    """How images are drawn from this model unless the user says otherwise.
 
     spacing: "trailing", evenly spaced timesteps from the noisiest down, as SDXL; "karras",
         Karras et al. 2022 eq. 5 between sigma_max and sigma_min with rho 7; or "edm", the same
@@ -73,14 +73,14 @@ class DiffusionModel:
     """
 
     preconditioning: Preconditioning
-    schedule: Schedule
-    sampling: Sampling
-    distribution: Distribution
+    schedule: NoiseSchedule
+    sampling: SamplingDefaults
+    distribution: NoiseDistribution
     offset_noise_level: float
     conditioner_part: Lazy[Any]
     network_part: Lazy[Any]
     first_stage_part: Lazy[Any]
-    encoders_part: Lazy[Encoders]
+    encoders_part: Lazy[TextEncoders]
     changes: tuple[NetworkChange, ...] = ()
 
     @property
@@ -95,16 +95,16 @@ class DiffusionModel:
 
     @property
     def conditioner(self) -> Any:
-        """What a picture's sizes and its prompt's pooled embedding become: the vector."""
+        """What an image's sizes and its prompt's pooled embedding become: the vector."""
         return self.conditioner_part.get()
 
     @property
-    def encoders(self) -> Encoders:
+    def encoders(self) -> TextEncoders:
         """The frozen text encoders."""
         return self.encoders_part.get()
 
     def with_preconditioning(
-        self, preconditioning: Preconditioning, sampling: Sampling | None = None
+        self, preconditioning: Preconditioning, sampling: SamplingDefaults | None = None
     ) -> DiffusionModel:
         """A copy with another preconditioning, and the sampling defaults that belong to it.
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdxl_host.diffusion.arrays import FloatArray, floats
-from sdxl_host.diffusion.distributions import Distribution
+from sdxl_host.diffusion.distributions import NoiseDistribution
 from sdxl_host.diffusion.preconditioning import Preconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
-__all__ = ["Coefficients", "Noise", "coefficients", "denoise"]
+__all__ = ["Coefficients", "NoiseLevels", "coefficients", "denoise"]
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseLevels:
     """The noise levels of one step, each field float64 of shape (G,), G the global batch.
 
     sigma: standard deviation of the noise. snr: 1 / sigma^2. timestep: float position on the
@@ -35,10 +35,12 @@ class Noise:
     sigma: FloatArray
     snr: FloatArray
     timestep: FloatArray
-    distribution: Distribution
+    distribution: NoiseDistribution
 
     @classmethod
-    def at(cls, sigma: FloatArray, schedule: Schedule, distribution: Distribution) -> Noise:
+    def at(
+        cls, sigma: FloatArray, schedule: NoiseSchedule, distribution: NoiseDistribution
+    ) -> NoiseLevels:
         """The noise levels `sigma` (G,) with what follows from them."""
         levels = floats(sigma)
         return cls(levels, 1.0 / levels**2, schedule.timestep(levels), distribution)

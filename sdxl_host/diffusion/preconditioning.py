@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdxl_host.diffusion.arrays import FloatArray, floats
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
 __all__ = [
     "EpsPreconditioning",
@@ -86,7 +86,7 @@ class _ScheduledPreconditioning(Preconditioning):
 
     prediction_type: str  # as diffusers calls it
 
-    def __init__(self, schedule: Schedule, weighting: Weighting | None = None) -> None:
+    def __init__(self, schedule: NoiseSchedule, weighting: Weighting | None = None) -> None:
         self.schedule = schedule
         self.weighting = weighting
 
@@ -105,7 +105,7 @@ class _ScheduledPreconditioning(Preconditioning):
         # Betas follow from the noise levels, so a schedule of one's own is told as well as SDXL's.
         alpha_bar = 1.0 / (1.0 + self.schedule.sigmas**2)
         betas = 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-        usual = np.array_equal(self.schedule.sigmas, Schedule.scaled_linear().sigmas)
+        usual = np.array_equal(self.schedule.sigmas, NoiseSchedule.scaled_linear().sigmas)
         return {
             "_class_name": "EulerDiscreteScheduler",
             "beta_schedule": "scaled_linear",

@@ -13,11 +13,11 @@ import numpy as np
 
 from sdxl_host.diffusion.arrays import FloatArray, floats
 
-__all__ = ["Schedule"]
+__all__ = ["NoiseSchedule"]
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class NoiseSchedule:
     """Noise levels of the discrete timesteps 0..N-1.
 
     sigmas: (N,) float64, strictly increasing in the timestep ("later" is noisier),
@@ -45,7 +45,7 @@ class Schedule:
     @classmethod
     def scaled_linear(
         cls, linear_start: float = 0.00085, linear_end: float = 0.012, num_timesteps: int = 1000
-    ) -> Schedule:
+    ) -> NoiseSchedule:
         """SDXL's schedule: beta is linear in its square root (Rombach et al. 2022, DDPM form).
 
         With alpha_bar the cumulative product of 1 - beta, sigma_t = sqrt((1 - alpha_bar_t) /

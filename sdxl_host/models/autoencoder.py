@@ -167,8 +167,8 @@ class AutoencoderKL(nn.Cell):
     Args (the keys of the original config):
         embed_dim: channels of the latent (4).
         ddconfig: ch, width of the finest level (128, a multiple of 32); ch_mult, each level's
-            multiple of it; num_res_blocks in a level; z_channels; in_channels and out_ch of a
-            picture; double_z, True; attn_resolutions, empty; attn_type, "vanilla"; dropout, 0.
+            multiple of it; num_res_blocks in a level; z_channels; in_channels and out_ch of an
+            image; double_z, True; attn_resolutions, empty; attn_type, "vanilla"; dropout, 0.
 
     Raises ValueError for a value whose structure is not SDXL's, naming the key.
     """

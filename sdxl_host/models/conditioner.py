@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding, unconditional
+from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders, unconditional
 from sdxl_host.models.embedding import sinusoids
 from sdxl_host.models.text_encoders import BEGIN_OF_TEXT, CONTEXT_LENGTH, END_OF_TEXT
 from sdxl_host.models.tokenizer import tokenize
@@ -130,7 +130,7 @@ class GeneralConditioner:
                 )
         if not encoders:
             raise ValueError("emb_models: at least one text embedder is needed (input_key: txt)")
-        self.encoders = Encoders(encoders)
+        self.encoders = TextEncoders(encoders)
         self.context_width = sum(encoder.width for encoder in encoders)
         self.vector_width = sum(encoder.pooled_width for encoder in encoders) + sum(
             NUMBERS[key] * embedder.outdim for key, embedder, _ in self._sizes

@@ -1,6 +1,6 @@
 """The first stage: pixels to latents and back.
 
-A first stage has `channels` of a latent, `downsampling` (a picture's side over its latent's),
+A first stage has `channels` of a latent, `downsampling` (an image's side over its latent's),
 `is_sampled` (whether `encode` takes noise), `encode`, `decode`, `cell` (its network, or None) and
 `keeps_float32` (whether it does at every precision level).
 """
@@ -46,8 +46,8 @@ class IdentityFirstStage:
 class AutoencoderKLInferenceWrapper:
     """SDXL's autoencoder, frozen, behind a numpy interface.
 
-    Pictures are taken one at a time: a latent is the same bit for bit whatever batch it is in, and
-    the memory needed is that of one picture. keeps_float32: whether it computes in float32 at every
+    Images are taken one at a time: a latent is the same bit for bit whatever batch it is in, and
+    the memory needed is that of one image. keeps_float32: whether it computes in float32 at every
     precision level, as SDXL's must, whose activations overflow float16.
     """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdxl_host.data.captions import Captioned
-from sdxl_host.diffusion.conditioning import Encoders, TextEncoder
+from sdxl_host.diffusion.conditioning import TextEncoder, TextEncoders
 from sdxl_host.plugins.hooks import Hooks
 
 __all__ = ["CaptionLength", "Recorder", "caption_lengths"]
@@ -65,7 +65,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class CaptionLength:
-    """A picture's caption: how many tokens it has, and how many of them no encoder gets."""
+    """An image's caption: how many tokens it has, and how many of them no encoder gets."""
 
     name: str
     tokens: int
@@ -73,7 +73,7 @@ class CaptionLength:
 
 
 def caption_lengths(
-    hooks: Hooks, encoders: Encoders, pictures: Iterable[Captioned]
+    hooks: Hooks, encoders: TextEncoders, images: Iterable[Captioned]
 ) -> list[CaptionLength]:
     """Tokens of each caption and those that are cut off, whichever plugin encodes prompts.
 
@@ -81,16 +81,16 @@ def caption_lengths(
     tokenized and reached no `encode`; of several encoders the one that loses most counts.
     """
     recorders = [Recorder(encoder) for encoder in encoders]
-    recording = Encoders(recorders)
+    recording = TextEncoders(recorders)
     known: dict[str, tuple[int, int]] = {}
     lengths = []
-    for picture in pictures:
-        if picture.caption not in known:
+    for image in images:
+        if image.caption not in known:
             for recorder in recorders:
                 recorder.clear()
-            hooks.encode_prompt([picture.caption], recording)
-            known[picture.caption] = _length(picture.caption, recorders)
-        lengths.append(CaptionLength(picture.name, *known[picture.caption]))
+            hooks.encode_prompt([image.caption], recording)
+            known[image.caption] = _length(image.caption, recorders)
+        lengths.append(CaptionLength(image.name, *known[image.caption]))
     return lengths
 
 

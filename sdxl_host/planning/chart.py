@@ -1,4 +1,4 @@
-"""The curves of `sdxl_host.planning.curves` as a picture."""
+"""The curves of `sdxl_host.planning.curves` as an image."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def draw_curves(before: Curve, after: Curve, title: str) -> Image.Image:
         ("p(t) w(t): share of the loss's weight", before.share, after.share),
     )
     height = _HEAD + len(panels) * (_TOP + _PANEL + _BOTTOM)
-    picture = Image.new("RGB", (_LEFT + _WIDTH + _RIGHT, height), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (_LEFT + _WIDTH + _RIGHT, height), "white")
+    draw = ImageDraw.Draw(image)
     font = ImageFont.load_default()
     draw.text((_LEFT, 12), title, fill=_INK, font=font)
     for place, (name, color) in enumerate((("without plugins", _BEFORE), ("with them", _AFTER))):
@@ -37,7 +37,7 @@ def draw_curves(before: Curve, after: Curve, title: str) -> Image.Image:
     for index, (name, first, second) in enumerate(panels):
         top = _HEAD + index * (_TOP + _PANEL + _BOTTOM) + _TOP
         _panel(draw, font, top, name, first, second)
-    return picture
+    return image
 
 
 def _panel(

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from sdxl_host.diffusion.arrays import FloatArray
-from sdxl_host.diffusion.distributions import Distribution
+from sdxl_host.diffusion.distributions import NoiseDistribution
 from sdxl_host.diffusion.model import DiffusionModel
-from sdxl_host.diffusion.objective import Noise, coefficients
+from sdxl_host.diffusion.objective import NoiseLevels, coefficients
 from sdxl_host.errors import PluginError
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.hooks import Hooks
@@ -77,7 +77,7 @@ def curve(hooks: Hooks, model: DiffusionModel, step: int = 1) -> Curve:
     """
     distribution = hooks.sample_timesteps(model, step)
     sigma = model.schedule.sigmas
-    noise = Noise.at(sigma, model.schedule, distribution)
+    noise = NoiseLevels.at(sigma, model.schedule, distribution)
     weights = hooks.weight_loss(model, noise, step)
     try:
         p = probabilities(distribution)
@@ -106,7 +106,7 @@ def curves(hooks: Hooks, config: Any) -> tuple[Curve, Curve]:
     return host_curve(unchanged), curve(hooks, model)
 
 
-def probabilities(distribution: Distribution) -> FloatArray:
+def probabilities(distribution: NoiseDistribution) -> FloatArray:
     """p(t), float64 (N,): the probability that a draw's nearest timestep is t; exact.
 
     Raises ValueError when the cdf falls, or leaves [0, 1].

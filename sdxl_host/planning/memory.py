@@ -98,7 +98,7 @@ def _shapes(cell: nn.Cell, prefix: str) -> dict[str, tuple[int, ...]]:
 def memory(parts: Sequence[Part]) -> list[tuple[str, str, int]]:
     """What stays in a device's memory during training: (what, formula, bytes) of each kind.
 
-    Activations are not part of it: they depend on the batch, the picture's size and the compiler.
+    Activations are not part of it: they depend on the batch, the image's size and the compiler.
     """
     network, frozen = parts[0], parts[1:]
     moments = 2 * 4 * network.trained  # AdamW keeps both in float32, whatever the weights are

@@ -10,10 +10,10 @@ from sdxl_host.hookspecs import hookimpl
 if TYPE_CHECKING:
     import numpy as np
 
-    from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding
-    from sdxl_host.diffusion.distributions import Distribution
+    from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders
+    from sdxl_host.diffusion.distributions import NoiseDistribution
     from sdxl_host.diffusion.model import DiffusionModel
-    from sdxl_host.diffusion.objective import Noise
+    from sdxl_host.diffusion.objective import NoiseLevels
 
 __all__ = ["Defaults"]
 
@@ -32,18 +32,18 @@ class Defaults:
         return build(section, "model", "model").model
 
     @hookimpl
-    def sample_timesteps(self, model: DiffusionModel) -> Distribution:
+    def sample_timesteps(self, model: DiffusionModel) -> NoiseDistribution:
         """What the config's sigma sampler draws from: uniform over the 1000 timesteps."""
         return model.distribution
 
     @hookimpl
-    def weight_loss(self, model: DiffusionModel, noise: Noise) -> np.ndarray:
+    def weight_loss(self, model: DiffusionModel, noise: NoiseLevels) -> np.ndarray:
         """The preconditioning's own lambda."""
         return model.preconditioning.loss_weight(noise.sigma)
 
     @hookimpl
-    def encode_prompt(self, prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding:
+    def encode_prompt(self, prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbedding:
         """77 tokens; the rest of a prompt is cut off."""
-        from sdxl_host.diffusion.conditioning import encode_plain
+        from sdxl_host.diffusion.conditioning import encode_truncated
 
-        return encode_plain(prompts, encoders)
+        return encode_truncated(prompts, encoders)

@@ -99,7 +99,7 @@ class Hooks:
         return self._call("build_model", config=config)
 
     def sample_timesteps(self, model: Any, step: int) -> Any:
-        """The `Distribution` of noise levels at this step."""
+        """The `NoiseDistribution` of noise levels at this step."""
         return self._call("sample_timesteps", model=model, step=step)
 
     def weight_loss(self, model: Any, noise: Any, step: int) -> Any:

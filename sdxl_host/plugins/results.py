@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdxl_host.diffusion.conditioning import PromptEmbedding
-    from sdxl_host.diffusion.distributions import Distribution
+    from sdxl_host.diffusion.distributions import NoiseDistribution
     from sdxl_host.diffusion.model import DiffusionModel
-    from sdxl_host.diffusion.objective import Noise
+    from sdxl_host.diffusion.objective import NoiseLevels
 
 __all__ = ["CHECKS"]
 
@@ -29,14 +29,14 @@ def _check_model(result: Any, config: Any) -> DiffusionModel:
     return result
 
 
-def _check_distribution(result: Any, model: Any, step: int) -> Distribution:
-    from sdxl_host.diffusion.distributions import Distribution
+def _check_distribution(result: Any, model: Any, step: int) -> NoiseDistribution:
+    from sdxl_host.diffusion.distributions import NoiseDistribution
 
-    _expect(result, Distribution)
+    _expect(result, NoiseDistribution)
     return result
 
 
-def _check_weights(result: Any, model: Any, noise: Noise, step: int) -> np.ndarray:
+def _check_weights(result: Any, model: Any, noise: NoiseLevels, step: int) -> np.ndarray:
     import numpy as np
 
     _expect(result, np.ndarray)

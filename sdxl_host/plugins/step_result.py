@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from sdxl_host.diffusion.model import DiffusionModel
-    from sdxl_host.diffusion.objective import Noise
+    from sdxl_host.diffusion.objective import NoiseLevels
 
 __all__ = ["StepResult", "TrainerView"]
 
@@ -18,14 +18,14 @@ __all__ = ["StepResult", "TrainerView"]
 class TrainerView(Protocol):
     """The part of the trainer that observers may use.
 
-    step: the update just made, from 1. save_path: the run's folder. is_main: whether this worker
-    writes files.
+    step: the update just made, from 1. save_path: the run's folder. is_main_process: whether this
+    rank, the one with number 0, writes files.
     """
 
     step: int
     total_steps: int
     save_path: Path
-    is_main: bool
+    is_main_process: bool
     model: DiffusionModel
 
     def log(self, name: str, value: float) -> None:
@@ -40,22 +40,22 @@ class TrainerView(Protocol):
 class StepResult:
     """One step's outcome; values on the device are fetched when first read.
 
-    step: the update, from 1. noise: the noise levels, fields (G,). weights: (G,) float64, lambda
-    on the denoised latent's squared error. samples: ids of the G pictures.
+    step: the update, from 1. noise: the noise levels, fields (G,). loss_weight: (G,) float64,
+    lambda on |D - z|^2. sample_ids: names of the G images.
     """
 
     def __init__(
         self,
         step: int,
-        noise: Noise,
-        weights: np.ndarray,
-        samples: Sequence[str],
+        noise: NoiseLevels,
+        loss_weight: np.ndarray,
+        sample_ids: Sequence[str],
         outputs: tuple[Any, ...],
     ) -> None:
         self.step = step
         self.noise = noise
-        self.weights = weights
-        self.samples = tuple(samples)
+        self.loss_weight = loss_weight
+        self.sample_ids = tuple(sample_ids)
         self._outputs = outputs
 
     @property
@@ -64,7 +64,7 @@ class StepResult:
         return float(self._outputs[0].asnumpy())
 
     @property
-    def losses(self) -> np.ndarray:
+    def per_sample_loss(self) -> np.ndarray:
         """(G,) float32: each sample's squared error against the network's target, unweighted."""
         return self._outputs[1].asnumpy()
 
@@ -74,9 +74,9 @@ class StepResult:
         return float(self._outputs[2].asnumpy())
 
     @property
-    def applied(self) -> bool:
-        """Whether the update was made: False where loss or gradients were not finite."""
-        return bool(self._outputs[3].asnumpy())
+    def skipped(self) -> bool:
+        """Whether the update was left out, because loss or gradients were not finite."""
+        return not self._outputs[3].asnumpy()
 
     @property
     def learning_rate(self) -> float:

@@ -1,1 +1,1 @@
-"""Drawing pictures from a model."""
+"""Drawing images from a model."""

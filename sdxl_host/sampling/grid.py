@@ -1,4 +1,4 @@
-"""Sampled pictures as one file to look at."""
+"""Sampled images as one file to look at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 __all__ = ["save_grid", "to_bytes"]
 
-_SMALLEST = 128  # pixels a side; smaller pictures are enlarged by a whole factor
+_SMALLEST = 128  # pixels a side; smaller images are enlarged by a whole factor
 _LINE = 12
 _MARGIN = 8
 
@@ -24,21 +24,21 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def save_grid(path: Path, pixels: np.ndarray, captions: Sequence[str]) -> None:
-    """Writes pictures (B, 3, H, W) in [-1, 1] as a PNG, each above its caption; whole or not at
+    """Writes images (B, 3, H, W) in [-1, 1] as a PNG, each above its caption; whole or not at
     all."""
-    pictures = [Image.fromarray(picture) for picture in to_bytes(pixels)]
-    factor = max(1, -(-_SMALLEST // pictures[0].width))
-    width, height = pictures[0].width * factor, pictures[0].height * factor
-    columns = min(len(pictures), 4 if len(pictures) <= 16 else 8)
-    rows = -(-len(pictures) // columns)
+    images = [Image.fromarray(image) for image in to_bytes(pixels)]
+    factor = max(1, -(-_SMALLEST // images[0].width))
+    width, height = images[0].width * factor, images[0].height * factor
+    columns = min(len(images), 4 if len(images) <= 16 else 8)
+    rows = -(-len(images) // columns)
     lines = [textwrap.wrap(caption, max(12, width // 6))[:3] for caption in captions]
     cell = (width + _MARGIN, height + _MARGIN + _LINE * max(len(text) for text in lines))
     grid = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
     draw = ImageDraw.Draw(grid)
-    for index, (picture, text) in enumerate(zip(pictures, lines, strict=True)):
+    for index, (image, text) in enumerate(zip(images, lines, strict=True)):
         left = _MARGIN + index % columns * cell[0]
         top = _MARGIN + index // columns * cell[1]
-        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         for row, line in enumerate(text):
             draw.text((left, top + height + row * _LINE), line, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)

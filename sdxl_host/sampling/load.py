@@ -1,4 +1,4 @@
-"""What pictures can be drawn from: a checkpoint as it was trained, or a file of weights."""
+"""What images can be drawn from: a checkpoint as it was trained, or a file of weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import ConfigError
 from sdxl_host.models.precision import check_precision, drawing_settings, set_precision
 from sdxl_host.plugins.hooks import make_hooks
-from sdxl_host.sampling.pipeline import KEYS, Conditions, PictureSampler
+from sdxl_host.sampling.pipeline import KEYS, Conditions, ImageSampler
 from sdxl_host.weights.parts import check_fit, make_parts, open_weight, weight_lines
 
 __all__ = ["restore_sampler", "weight_sampler"]
@@ -21,7 +21,7 @@ __all__ = ["restore_sampler", "weight_sampler"]
 
 def restore_sampler(
     folder: Path, use_ema: bool | None = None, **told: Any
-) -> tuple[PictureSampler, list[str]]:
+) -> tuple[ImageSampler, list[str]]:
     """A sampler with the checkpoint's weights and hooks, and lines that say what it is.
 
     use_ema: draw from the moving averages; None for where the checkpoint keeps them. told: fields
@@ -62,12 +62,12 @@ def restore_sampler(
         if now.installed.version != then["version"]
     ]
     lines += [f"note        {note}" for note in notes]
-    return PictureSampler(hooks, model, conditions, settings.ms_mode == 1), lines
+    return ImageSampler(hooks, model, conditions, settings.ms_mode == 1), lines
 
 
 def weight_sampler(
     config: RunConfig, usual: Conditions, **told: Any
-) -> tuple[PictureSampler, list[str]]:
+) -> tuple[ImageSampler, list[str]]:
     """A sampler of the model that `config` describes with the weights `train.weight` names.
 
     usual: the conditions the model is trained on; told: fields of them that differ. A size that is
@@ -89,7 +89,7 @@ def weight_sampler(
         f"plugins     {names}",
         _objective(model),
     ]
-    return PictureSampler(hooks, model, conditions, config.train.ms_mode == 1), lines
+    return ImageSampler(hooks, model, conditions, config.train.ms_mode == 1), lines
 
 
 def _conditions(model: DiffusionModel, usual: Conditions, told: Mapping[str, Any]) -> Conditions:

@@ -1,4 +1,4 @@
-"""Prompts to pictures with a model's own networks and the hooks it was trained with."""
+"""Prompts to images with a model's own networks and the hooks it was trained with."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.samplers import noise_levels, sample
 
-__all__ = ["KEYS", "Conditions", "PictureSampler"]
+__all__ = ["KEYS", "Conditions", "ImageSampler"]
 
-# Pictures drawn at a time, and their latents' pixels together. All batches of a call have one
+# Images drawn at a time, and their latents' pixels together. All batches of a call have one
 # shape, so the network is compiled once.
 _BATCH = 8
 _BATCH_PIXELS = 8 * 64 * 64
@@ -36,9 +36,9 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the network is told of a picture besides its prompt.
+    """What the network is told of an image besides its prompt.
 
-    size: (height, width) of the picture in pixels. original_size: what its size was before it was
+    size: (height, width) of the image in pixels. original_size: what its size was before it was
     resized; what the model was trained on serves best. crop_top_left: (top, left) of the crop.
     target_size: None for `size`. aesthetic_score, negative_aesthetic_score: for a model with that
     condition, of the prompt and of what guidance leads away from; defaults as the refiner is used.
@@ -52,8 +52,8 @@ class Conditions:
     negative_aesthetic_score: float = 2.5
 
 
-class PictureSampler:
-    """Draws pictures; the network is compiled when first used and sees later updates of it."""
+class ImageSampler:
+    """Draws images; the network is compiled when first used and sees later updates of it."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class PictureSampler:
     ) -> np.ndarray:
         """(len(prompts), 3, H, W) float32 pixels, about in [-1, 1].
 
-        Picture i is a function of prompt i, `seed` and i, but for float32 rounding, which may
+        Image i is a function of prompt i, `seed` and i, but for float32 rounding, which may
         depend on how many are drawn together. The noise is of streams that training
         never draws from. negative_prompt: what guidance leads away from; None for the zero
         embedding. sampler, spacing: names in `samplers`; None for the model's own.
@@ -90,7 +90,7 @@ class PictureSampler:
         sampler = sampler or self.model.sampling.sampler
         sigmas = noise_levels(self.model.sampling, self.model.schedule, steps, spacing)
         size = min(self._most, len(prompts))
-        pictures = []
+        images = []
         for start in range(0, len(prompts), size):
             chunk = list(prompts[start : start + size])
             places = range(start, start + size)
@@ -105,8 +105,8 @@ class PictureSampler:
             denoiser = self._guided(inputs, guidance_scale)
             # Step i of an ancestral sampler draws the numbers after those of its start.
             x = sample(sampler, denoiser, x, sigmas, lambda index, noise=noise: noise(index + 1))
-            pictures.append(self.model.first_stage.decode(x[: len(chunk)]))
-        return np.concatenate(pictures)
+            images.append(self.model.first_stage.decode(x[: len(chunk)]))
+        return np.concatenate(images)
 
     def _inputs(
         self, prompts: list[str], scale: float, negative_prompt: str | None

@@ -15,8 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdxl_host.diffusion.model import Sampling
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.model import SamplingDefaults
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -154,7 +154,7 @@ def sample(
 # Noise levels -------------------------------------------------------------------------------------
 
 
-def trailing_sigmas(schedule: Schedule, steps: int) -> np.ndarray:
+def trailing_sigmas(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """(steps + 1,): evenly spaced timesteps from the noisiest down, cut to whole ones, then 0."""
     timesteps = np.linspace(len(schedule) - 1, 0, steps, endpoint=False).astype(int)
     return np.append(schedule.sigmas[timesteps], 0.0)
@@ -173,7 +173,7 @@ def edm_sigmas(steps: int) -> np.ndarray:
 
 
 def noise_levels(
-    sampling: Sampling, schedule: Schedule, steps: int, spacing: str | None = None
+    sampling: SamplingDefaults, schedule: NoiseSchedule, steps: int, spacing: str | None = None
 ) -> np.ndarray:
     """(steps + 1,) the noise levels of `spacing`, or of the model's own where that is None.
 

@@ -56,7 +56,7 @@ class TrainSettings:
         False, help="multiply the learning rate by the global batch: samples in an update"
     )
     use_ema: bool = option(
-        False, help="keep a moving average of the weights; pictures are drawn from it"
+        False, help="keep a moving average of the weights; images are drawn from it"
     )
     ema_decay: float = option(
         0.9999, help="of use_ema, reached as (1 + k) / (10 + k) grows", minimum=0.0, maximum=1.0
@@ -64,12 +64,12 @@ class TrainSettings:
     clip_grad: bool = option(False, help="clip gradients by their global norm")
     max_grad_norm: float = option(1.0, help="the norm that clip_grad clips to", above=0.0)
     sample_interval: int = option(
-        0, help="steps between picture grids; 0: only at the end", minimum=0
+        0, help="steps between image grids; 0: only at the end", minimum=0
     )
     sample_prompts: list[str] = option(
         [], help="prompts of the grids; none: the first captions of the data"
     )
-    sample_count: int = option(8, help="pictures in a grid without sample_prompts", minimum=1)
+    sample_count: int = option(8, help="images in a grid without sample_prompts", minimum=1)
     sample_steps: int = option(20, help="sampling steps of the grids", minimum=1)
     guidance_scale: float = option(3.0, help="classifier-free guidance of the grids", minimum=0.0)
     negative_prompt: str = option(
@@ -124,7 +124,7 @@ class DataSettings:
     dataset_config: dict[str, Any] = option({}, help="target and params of the dataset")
     per_batch_size: int = option(1, help="samples of one device in a batch", minimum=1)
     total_step: int = option(100000, help="steps of the run, one optimizer update each", minimum=1)
-    num_parallel_workers: int = option(2, help="threads that load pictures", minimum=1)
+    num_parallel_workers: int = option(2, help="threads that load images", minimum=1)
     python_multiprocessing: bool = option(
         False, help="processes instead of threads; only False so far"
     )
@@ -164,16 +164,16 @@ NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
 _CLOUD = "files are not copied to or from a cloud here; copy them yourself and give their paths"
 OLD_FLAGS = {
     "version": "the config says what model it is; leave it out",
-    "sd_xl_base_ratios": "pictures are drawn at the size of the data; leave it out",
+    "sd_xl_base_ratios": "images are drawn at the size of the data; leave it out",
     "save_ckpt_only_rank_zero": "no other rank writes here; leave it out",
     "dataset_load_tokenizer": "captions become tokens with their embeddings here; leave it out",
     "max_embeddings_multiples": "it is the plugin's here; use --lpw_max_embeddings_multiples",
-    "infer_during_train": "pictures are drawn every so many steps; use --sample_interval",
-    "infer_interval": "pictures are drawn every so many steps; use --sample_interval",
+    "infer_during_train": "images are drawn every so many steps; use --sample_interval",
+    "infer_interval": "images are drawn every so many steps; use --sample_interval",
     "ms_enable_graph_kernel": "it was for GPUs, which this program does not run on; leave it out",
     "ms_enable_allreduce_fusion": "workers exchange each gradient by itself; leave it out",
     "overflow_still_update": "gradients that are not finite are never applied; leave it out",
-    "dynamic_shape": "all pictures of a run have one size here; leave it out",
+    "dynamic_shape": "all images of a run have one size here; leave it out",
     "parallel_mode": "workers share the data of an update; use --is_parallel True",
     "enable_modelarts": _CLOUD,
     "ckpt_url": _CLOUD,

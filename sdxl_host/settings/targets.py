@@ -55,7 +55,7 @@ _TARGETS = (
         idle={
             "use_ema": "moving averages are train.use_ema",
             "ema_decay_rate": "moving averages are train.use_ema",
-            "input_key": "datasets here give pictures one name",
+            "input_key": "datasets here give images one name",
             "log_keys": "nothing here reads it",
             "load_first_stage_model": "parts are built when they are first used",
             "load_conditioner": "parts are built when they are first used",
@@ -102,7 +102,7 @@ _TARGETS = (
         idle={
             "monitor": "the autoencoder is not trained",
             "lossconfig": "the autoencoder is not trained",
-            "ddconfig.resolution": "the autoencoder takes pictures of any size",
+            "ddconfig.resolution": "the autoencoder takes images of any size",
             "ddconfig.decoder_attn_dtype": "the autoencoder computes in float32",
         },
     ),

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from sdxl_host.diffusion.conditioning import PromptEmbedding
-from sdxl_host.diffusion.distributions import Distribution
+from sdxl_host.diffusion.distributions import NoiseDistribution
 from sdxl_host.diffusion.model import DiffusionModel
-from sdxl_host.diffusion.objective import Noise
+from sdxl_host.diffusion.objective import NoiseLevels
 from sdxl_host.diffusion.preconditioning import Preconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.hookspecs import hookimpl
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.hooks import Hooks
@@ -124,7 +124,7 @@ def _check_sampling(subject: Subject, model: DiffusionModel) -> None:
     if not (np.isfinite([low, high]).all() and 0 < low < high):
         raise subject.fault(
             f"the model's sampling goes from sigma {low} to {high}",
-            "give with_preconditioning a Sampling with 0 < sigma_min < sigma_max, both finite",
+            "give with_preconditioning a sampling with 0 < sigma_min < sigma_max, both finite",
         )
     for name, known in (("spacing", SPACINGS), ("sampler", tuple(SAMPLERS))):
         given = getattr(sampling, name)
@@ -209,7 +209,7 @@ def check_sample_timesteps(subject: Subject) -> None:
             "sample_timesteps gives a new distribution at each call, though nothing changed",
             "keep it and return the same object, because tables are kept by identity",
         )
-    if not isinstance(getattr(distribution, "schedule", None), Schedule):
+    if not isinstance(getattr(distribution, "schedule", None), NoiseSchedule):
         raise subject.fault(
             "its distribution has no schedule", "set self.schedule = model.schedule in __init__"
         )
@@ -219,7 +219,7 @@ def check_sample_timesteps(subject: Subject) -> None:
 
 
 def _check_quantile(
-    subject: Subject, distribution: Distribution, model: DiffusionModel, source: str
+    subject: Subject, distribution: NoiseDistribution, model: DiffusionModel, source: str
 ) -> np.ndarray:
     """Returns sigma at `_DRAWS`. source: who made the distribution."""
     for u in (_DRAWS, _EXTREMES, _DRAWS[:6].reshape(2, 3)):
@@ -253,12 +253,12 @@ def _check_quantile(
             f"{inner[0]:.4g} to {inner[1]:.4g}, and the model states the range from {low:.4g} to "
             f"{high:.4g}",
             "draw inside that range, or state the true one in build_model: "
-            "model.with_preconditioning(..., Sampling(spacing, sigma_min, sigma_max))",
+            "model.with_preconditioning(..., SamplingDefaults(spacing, sigma_min, sigma_max))",
         )
     return sigma
 
 
-def _check_cdf(subject: Subject, distribution: Distribution, sigma: np.ndarray) -> None:
+def _check_cdf(subject: Subject, distribution: NoiseDistribution, sigma: np.ndarray) -> None:
     """F(s-) <= u <= F(s) at s = quantile(u), whether F is continuous or has steps."""
     told = "its distribution's cdf"
     with subject.asked(told):
@@ -278,11 +278,11 @@ def _check_cdf(subject: Subject, distribution: Distribution, sigma: np.ndarray) 
         )
 
 
-def _check_rest(subject: Subject, distribution: Distribution, sigma: np.ndarray) -> None:
-    """`expect`, `ratio` and `reweighted`, which a subclass may have made its own."""
+def _check_rest(subject: Subject, distribution: NoiseDistribution, sigma: np.ndarray) -> None:
+    """`expect`, `density_ratio` and `reweighted`, which a subclass may have made its own."""
     with subject.asked("its distribution"):
         mean = distribution.expect(lambda s: 1.0 / (1.0 + s**2))
-        ratio = distribution.ratio(sigma)
+        ratio = distribution.density_ratio(sigma)
         same = distribution.reweighted(np.ones(len(distribution.schedule))).quantile(_DRAWS)
     expected = float(np.mean(1.0 / (1.0 + sigma**2)))
     if not np.isclose(mean, expected, rtol=0, atol=1e-3):
@@ -312,8 +312,8 @@ def check_weight_loss(subject: Subject) -> None:
     # A few noise levels twice, and none in order.
     sigma = np.random.default_rng(0).permutation(np.concatenate([sigma, sigma[::40]]))
     distribution = hooks.sample_timesteps(model, 1)
-    noise = Noise.at(sigma, model.schedule, distribution)
-    given = Noise.at(sigma.copy(), model.schedule, distribution)
+    noise = NoiseLevels.at(sigma, model.schedule, distribution)
+    given = NoiseLevels.at(sigma.copy(), model.schedule, distribution)
     weights = _weights(subject, hooks, model, given)
     for field in ("sigma", "snr", "timestep"):
         if not np.array_equal(getattr(given, field), getattr(noise, field)):
@@ -342,12 +342,12 @@ def _weights_anew(subject: Subject, sigma: np.ndarray, step: int) -> np.ndarray:
     """The weights that a new object of the plugin gives at sigma, its hooks called as in a run."""
     hooks = subject.hooks()
     model = subject.model(hooks)
-    noise = Noise.at(sigma, model.schedule, hooks.sample_timesteps(model, step))
+    noise = NoiseLevels.at(sigma, model.schedule, hooks.sample_timesteps(model, step))
     return _weights(subject, hooks, model, noise, step)
 
 
 def _weights(
-    subject: Subject, hooks: Hooks, model: DiffusionModel, noise: Noise, step: int = 1
+    subject: Subject, hooks: Hooks, model: DiffusionModel, noise: NoiseLevels, step: int = 1
 ) -> np.ndarray:
     """The weights that `hooks` give; the plugin's own answer is looked at as it is, for the host's
     guard makes it float64."""
@@ -361,7 +361,7 @@ def _weights(
     return weights
 
 
-def _check_weights(subject: Subject, weights: Any, noise: Noise) -> None:
+def _check_weights(subject: Subject, weights: Any, noise: NoiseLevels) -> None:
     check_array(subject, "weight_loss", weights, noise.snr.shape, "noise.snr", noise.snr)
     if (weights <= 0).any():
         first = int((weights <= 0).argmax())
@@ -391,7 +391,7 @@ def check_encode_prompt(subject: Subject) -> None:
     if not _same(first, again):
         raise subject.fault(
             "encode_prompt gives the same prompts another embedding the second time",
-            "make it a pure function of the prompts, for pictures are drawn with it as well",
+            "make it a pure function of the prompts, for images are drawn with it as well",
         )
     for row, prompt in enumerate(prompts):
         alone = hooks.encode_prompt([prompt], encoders)

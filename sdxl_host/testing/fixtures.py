@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from sdxl_host import DiffusionModel, Encoders, Noise
+    from sdxl_host import DiffusionModel, NoiseLevels, TextEncoders
     from sdxl_host.testing.run_checks import Runs
     from sdxl_host.testing.runs import TinyRun
 
@@ -38,7 +38,7 @@ def tiny_model() -> DiffusionModel:
 
 
 @pytest.fixture
-def tiny_encoders() -> Encoders:
+def tiny_encoders() -> TextEncoders:
     """Two fake text encoders, numpy only."""
     from sdxl_host.testing import parts
 
@@ -46,7 +46,7 @@ def tiny_encoders() -> Encoders:
 
 
 @pytest.fixture
-def noise_levels() -> Noise:
+def noise_levels() -> NoiseLevels:
     """161 noise levels from SNR 1e4 down to 1e-4."""
     from sdxl_host.testing import parts
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_host.diffusion.objective import Noise
+from sdxl_host.diffusion.objective import NoiseLevels
 from sdxl_host.errors import HostError, PluginError
 from sdxl_host.processes import run_child, tell
 from sdxl_host.testing.checks import PROMPTS, levels_of
@@ -44,7 +44,7 @@ def digests(subject: Subject) -> dict[str, str]:
     hooks = subject.hooks()
     model = subject.model(hooks)
     distribution = hooks.sample_timesteps(model, 1)
-    noise = Noise.at(levels_of(subject, model), model.schedule, distribution)
+    noise = NoiseLevels.at(levels_of(subject, model), model.schedule, distribution)
     encoded = hooks.encode_prompt(list(PROMPTS), tiny_encoders())
     answers = {
         "sample_timesteps": [distribution.quantile(_DRAWS)],

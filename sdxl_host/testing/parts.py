@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_host.diffusion.conditioning import Encoders
+from sdxl_host.diffusion.conditioning import TextEncoders
 from sdxl_host.diffusion.distributions import DiscreteDistribution
-from sdxl_host.diffusion.model import DiffusionModel, Lazy, Sampling
-from sdxl_host.diffusion.objective import Noise
+from sdxl_host.diffusion.model import DiffusionModel, Lazy, SamplingDefaults
+from sdxl_host.diffusion.objective import NoiseLevels
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import HostError
 
 __all__ = ["TinyEncoder", "noise_levels", "tiny_encoders", "tiny_model"]
@@ -50,9 +50,9 @@ class TinyEncoder:
         return hidden, hidden[np.arange(len(ids)), at_end, : self.pooled_width]
 
 
-def tiny_encoders() -> Encoders:
+def tiny_encoders() -> TextEncoders:
     """Two encoders as SDXL has: the first pads with its end token and has no pooled output."""
-    return Encoders(
+    return TextEncoders(
         [TinyEncoder(TinyEncoder.end, 3, 0), TinyEncoder(pad=0, width=5, pooled_width=4)]
     )
 
@@ -62,12 +62,12 @@ def tiny_model() -> DiffusionModel:
 
     Reading a part that would be a MindSpore cell raises HostError.
     """
-    schedule = Schedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear()
     low, high = schedule.sigmas[[0, -1]]
     return DiffusionModel(
         preconditioning=EpsPreconditioning(schedule),
         schedule=schedule,
-        sampling=Sampling("trailing", float(low), float(high)),
+        sampling=SamplingDefaults("trailing", float(low), float(high)),
         distribution=DiscreteDistribution(schedule),
         offset_noise_level=0.0,
         conditioner_part=_missing("conditioner"),
@@ -84,8 +84,8 @@ def _missing(name: str) -> Lazy[Any]:
     return Lazy(refuse)
 
 
-def noise_levels(count: int = 161) -> Noise:
+def noise_levels(count: int = 161) -> NoiseLevels:
     """`count` noise levels from SNR 1e4 down to 1e-4, evenly in the logarithm: fields (count,)."""
     model = tiny_model()
     sigma = np.logspace(-2.0, 2.0, count)  # SNR = 1 / sigma^2
-    return Noise.at(sigma, model.schedule, model.distribution)
+    return NoiseLevels.at(sigma, model.schedule, model.distribution)

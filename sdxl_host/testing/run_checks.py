@@ -42,7 +42,7 @@ __all__ = [
 FIRST_PARTY = tuple(KNOWN_DISTRIBUTIONS)
 _PLAIN_STEPS = 2
 # What is left out of runs that nobody looks at it of, for the sake of time.
-_PICTURES = ("Grids",)
+_IMAGES = ("Grids",)
 _ALL_BUT_METRICS = ("Grids", "Checkpoints")
 # Alone its options leave everything as it is.
 _PARTNER_OPTIONS: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def _attributed(subject: Subject, train: Callable[[], TinyRun]) -> TinyRun:
 def check_determinism(runs: Runs) -> None:
     """Two runs with one seed: metrics.jsonl and the weights are equal to the bit; and so are the
     plugin's numbers in two processes, whose hash() differs."""
-    difference = _difference(runs.whole, runs.train("again", without=_PICTURES))
+    difference = _difference(runs.whole, runs.train("again", without=_IMAGES))
     if difference:
         raise runs.subject.fault(
             f"two runs with the same seed differ: {difference}",
@@ -158,7 +158,7 @@ def check_resume(runs: Runs) -> None:
             f"it stops a run of {subject.steps} steps before step {runs.middle}",
             "set `options` of the contract so that it does not",
         )
-    difference = _difference(whole, runs.train("resumed", resume=checkpoint, without=_PICTURES))
+    difference = _difference(whole, runs.train("resumed", resume=checkpoint, without=_IMAGES))
     if not difference:
         return
     told = f"a run resumed at step {runs.middle} differs from one that was not: {difference}"
@@ -248,7 +248,7 @@ def check_shared_state(runs: Runs) -> None:
 
 def plain_run(folder: Path) -> TinyRun:
     """A short run that sees no plugin: what `check_unused` compares with."""
-    return train_tiny((), folder=folder, steps=_PLAIN_STEPS, without=_PICTURES)
+    return train_tiny((), folder=folder, steps=_PLAIN_STEPS, without=_IMAGES)
 
 
 def check_unused(subject: Subject, plain: TinyRun) -> None:
@@ -261,7 +261,7 @@ def check_unused(subject: Subject, plain: TinyRun) -> None:
             folder=subject.folder / "unused",
             steps=_PLAIN_STEPS,
             visible=[subject.name],
-            without=_PICTURES,
+            without=_IMAGES,
         )
         imported = [name for name in sys.modules if _is_under(name, module)]
     finally:

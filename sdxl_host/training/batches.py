@@ -43,7 +43,7 @@ class Batches:
 
     places: the worker's own, within the global batch. latent_shape: (C, h, w) of the noise.
     offset_noise_level: standard deviation of the constant added to each channel's noise.
-    is_sampled: whether the first stage takes noise. threads: how many load pictures.
+    is_sampled: whether the first stage takes noise. threads: how many load images.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Batches:
         self._latent_shape = latent_shape
         self._offset = np.float32(offset_noise_level)
         self._is_sampled = is_sampled
-        self._loaders = ThreadPoolExecutor(threads, "pictures")
+        self._loaders = ThreadPoolExecutor(threads, "images")
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`, from 1. Raises DataError naming a picture that can't be read."""
+        """The batch of `step`, from 1. Raises DataError naming an image that can't be read."""
         indices, places = self._order.indices(step), self._places
         samples: list[Sample] = list(
             self._loaders.map(
@@ -87,7 +87,7 @@ class Batches:
             posterior = normals(self._seed, Stream.POSTERIOR, step, places, self._latent_shape)
         return Batch(
             step=step,
-            names=[self._dataset.pictures[index].name for index in indices],
+            names=[self._dataset.images[index].name for index in indices],
             level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, range(len(indices))),
             captions=[sample.caption for sample in samples],
             pixels=np.stack([sample.pixels for sample in samples]),

@@ -67,7 +67,7 @@ def check(config: RunConfig, hooks: Hooks, model: DiffusionModel, step: int) -> 
     if model.first_stage.cell is not None:
         raise ConfigError(
             "--data_sink True: latents must be there beforehand, and the first stage would have to "
-            "encode pictures on the device meanwhile; leave it out, or use the first stage "
+            "encode images on the device meanwhile; leave it out, or use the first stage "
             "sdxl_host.IdentityFirstStage"
         )
     for plugin, answered in hooks.observing(_FEEDBACK):
@@ -143,7 +143,7 @@ class FixedCaptions:
     """
 
     def __init__(self, hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> None:
-        captions = list(dict.fromkeys(picture.caption for picture in dataset.pictures))
+        captions = list(dict.fromkeys(image.caption for image in dataset.images))
         if len(captions) > _MOST_CAPTIONS:
             raise ConfigError(
                 f"--data_sink True: embeddings must be there beforehand, and of {len(captions):,} "

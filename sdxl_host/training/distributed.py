@@ -27,7 +27,7 @@ class Workers:
         self.count = count
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this worker writes files and speaks."""
         return self.rank == 0
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.diffusion.model import DiffusionModel
-from sdxl_host.diffusion.objective import Noise, coefficients
+from sdxl_host.diffusion.objective import NoiseLevels, coefficients
 from sdxl_host.errors import PluginError
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.training.batches import Batch
@@ -32,7 +32,7 @@ class Inputs:
         self._model = model
         self._size = size
 
-    def ask_hooks(self, batch: Batch) -> tuple[Noise, np.ndarray]:
+    def ask_hooks(self, batch: Batch) -> tuple[NoiseLevels, np.ndarray]:
         """The noise levels of all G samples, and their weights (G,)."""
         distribution = self._hooks.sample_timesteps(self._model, batch.step)
         sigma = distribution.quantile(batch.level_u)
@@ -41,11 +41,11 @@ class Inputs:
                 f"sample_timesteps: {self._hooks.chain('sample_timesteps')}: drew the noise levels "
                 f"{sigma}; every sigma must be finite and above 0"
             )
-        noise = Noise.at(sigma, self._model.schedule, distribution)
+        noise = NoiseLevels.at(sigma, self._model.schedule, distribution)
         return noise, self._hooks.weight_loss(self._model, noise, batch.step)
 
     def arrays(
-        self, batch: Batch, noise: Noise, weights: np.ndarray
+        self, batch: Batch, noise: NoiseLevels, weights: np.ndarray
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """What the step takes of each of this worker's batches in turn, in float32, in the order
         of `TrainStep.construct`."""

@@ -22,7 +22,7 @@ from sdxl_host.plugins.step_result import StepResult
 from sdxl_host.settings.schema import TrainSettings
 
 if TYPE_CHECKING:
-    from sdxl_host.sampling.pipeline import PictureSampler
+    from sdxl_host.sampling.pipeline import ImageSampler
     from sdxl_host.training.trainer import Trainer
 
 __all__ = ["Agreement", "Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
@@ -56,24 +56,24 @@ class FiniteGuard:
         self._skipped = 0
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Raises HostError naming the step, its noise levels and its pictures."""
-        self._in_a_row = 0 if result.applied else self._in_a_row + 1
-        self._skipped += not result.applied
+        """Raises HostError naming the step, its noise levels and its images."""
+        self._in_a_row = self._in_a_row + 1 if result.skipped else 0
+        self._skipped += result.skipped
         if self._is_scaled:
             trainer.log("loss_scale", result.loss_scale)
-            trainer.log("skipped", not result.applied)
+            trainer.log("skipped", result.skipped)
         if self._in_a_row > (_OVERFLOWS if self._is_scaled else 0):
             bad = [
                 name
-                for name, loss in zip(result.samples, result.losses, strict=True)
+                for name, loss in zip(result.sample_ids, result.per_sample_loss, strict=True)
                 if not np.isfinite(loss)
             ]
             sigma = result.noise.sigma
             raise HostError(
                 f"step {result.step}: loss or gradients are not finite (sigma {sigma.min():.4g} to "
-                f"{sigma.max():.4g}, pictures {', '.join(bad or result.samples)}); the update was "
+                f"{sigma.max():.4g}, images {', '.join(bad or result.sample_ids)}); the update was "
                 "not applied; lower optim.base_learning_rate, use --clip_grad True, or look at "
-                "these pictures"
+                "these images"
             )
 
     def counts(self) -> dict[str, int]:
@@ -142,11 +142,11 @@ def _line(trainer: Trainer, result: StepResult) -> str:
     numbers = {
         "step": result.step,
         "loss": result.loss,
-        "unweighted_loss": float(np.mean(result.losses)),
+        "unweighted_loss": float(np.mean(result.per_sample_loss)),
         "learning_rate": result.learning_rate,
         "gradient_norm": result.gradient_norm,
         "mean_sigma": float(np.mean(result.noise.sigma)),
-        "mean_weight": float(np.mean(result.weights)),
+        "mean_weight": float(np.mean(result.loss_weight)),
         **trainer.logged,
     }
     # Of a skipped step some numbers are not finite, which JSON has no word for.
@@ -233,7 +233,7 @@ class Grids:
 
     def __init__(
         self,
-        sampler: Callable[[], PictureSampler],
+        sampler: Callable[[], ImageSampler],
         prompts: Sequence[str],
         settings: TrainSettings,
     ) -> None:

@@ -39,7 +39,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, checkpoint: Checkpoint | None, workers: Workers) -> None:
         self._lock: IO[str] | None = None
         self.settings = settings_text(config, started_from(config, checkpoint))
-        path = self._make(config, checkpoint) if workers.is_main else Path()
+        path = self._make(config, checkpoint) if workers.is_main_process else Path()
         self.path = Path(workers.texts(str(path))[0])
 
     def _make(self, config: RunConfig, checkpoint: Checkpoint | None) -> Path:

@@ -102,7 +102,7 @@ def _batch_lines(trainer: Trainer) -> list[str]:
 
 
 def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
-    """Of what every worker of a run must have the same: settings, plugins, pictures, captions, and
+    """Of what every worker of a run must have the same: settings, plugins, images, captions, and
     the checkpoint that it resumes."""
     told = f"{OmegaConf.to_yaml(config.tree)}{plugin_list(config)}{samples_of(0, dataset)}"
     if checkpoint is not None:
@@ -112,10 +112,10 @@ def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint
 
 def samples_of(batch_size: int, dataset: Text2ImageDataset) -> dict[str, Any]:
     """What decides, beside the settings, which samples a step takes; the same when resumed."""
-    data = [(picture.name, picture.caption) for picture in dataset.pictures]
+    data = [(image.name, image.caption) for image in dataset.images]
     return {
         "samples of an update": batch_size,
-        "pictures and captions": hashlib.sha256(repr(data).encode("utf-8")).hexdigest()[:12],
+        "images and captions": hashlib.sha256(repr(data).encode("utf-8")).hexdigest()[:12],
     }
 
 
@@ -149,11 +149,11 @@ def start_lines(
         )
     if dataset.is_demo:
         lines += [
-            f"data        {len(dataset)} captioned pictures that the package carries",
+            f"data        {len(dataset)} captioned images that the package carries",
             "            (Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours",
         ]
     else:
-        lines.append(f"data        {len(dataset)} captioned pictures")
+        lines.append(f"data        {len(dataset)} captioned images")
     lines += trainer.curve_lines
     lines.append(f"run         {trainer.save_path}")
     if checkpoint is not None:
@@ -193,11 +193,11 @@ def compiling(cache: str) -> str:
 
 
 def end_lines(
-    trainer: Trainer, seconds: float, checkpoint: Path | None, pictures: Path | None
+    trainer: Trainer, seconds: float, checkpoint: Path | None, images: Path | None
 ) -> list[str]:
     """The block at the end of a run.
 
-    seconds: that it took. checkpoint, pictures: the last ones written, if any.
+    seconds: that it took. checkpoint, images: the last ones written, if any.
     """
     lines = [
         *trainer.guard.lines(),
@@ -206,8 +206,8 @@ def end_lines(
         f"settings    {trainer.save_path / 'config.yaml'}",
         f"checkpoint  {checkpoint}",
     ]
-    if pictures is not None:
-        lines.append(f"pictures    {pictures}")
+    if images is not None:
+        lines.append(f"images      {images}")
     if trainer.is_interrupted and trainer.step < trainer.total_steps:
         flag = "--resume" if trainer.config.train.save_optimizer else "--weight"
         lines.append(f"to go on    sdxl-host train ... {flag} {checkpoint}")

@@ -30,7 +30,7 @@ from sdxl_host.models.precision import (
 )
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.plugins.step_result import StepResult
-from sdxl_host.sampling.pipeline import Conditions, PictureSampler
+from sdxl_host.sampling.pipeline import Conditions, ImageSampler
 from sdxl_host.settings.targets import build
 from sdxl_host.training import data_sink, state, summary
 from sdxl_host.training.batches import Batches
@@ -55,8 +55,7 @@ __all__ = ["Trainer"]
 
 
 class Trainer:
-    """One run. Observers and plugins see `step`, `total_steps`, `save_path`, `is_main`, `model`,
-    `log` and `stop`.
+    """One run. Observers and plugins see it as a `TrainerView`.
 
     say: where lines for the user go. workers: this process among those that share the run. Raises
     HostError for whatever the user can mend, before anything slow has begun where that is possible.
@@ -70,8 +69,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.workers = workers or Workers()
-        self.is_main = self.workers.is_main
-        self._say = say if self.is_main else lambda line: None
+        self.is_main_process = self.workers.is_main_process
+        self._say = say if self.is_main_process else lambda line: None
         self.total_steps = config.data.total_step
         self.logged: dict[str, float] = {}
         self.is_interrupted = False
@@ -148,7 +147,7 @@ class Trainer:
         self._inputs = Inputs(self.hooks, self.model, places, config.data.per_batch_size)
         self._eager = settings.ms_mode == 1
         self._run_step = StepRunner(self.cell, self._eager, settings.jit_level)
-        self._sampler: PictureSampler | None = None
+        self._sampler: ImageSampler | None = None
         self.curve_lines, self.plugin_notes = summary.plugin_lines(config, checkpoint)
         for line in summary.start_lines(self, optimizer, checkpoint, changes, source):
             self._say(line)
@@ -165,7 +164,7 @@ class Trainer:
         observers: list[Any] = [Agreement(), self.guard]
         grids = Grids(self.sampler, self._grid_prompts(), settings)
         checkpoints = Checkpoints(settings.max_num_ckpt)
-        if self.is_main:
+        if self.is_main_process:
             file = self.save_path / "metrics.jsonl"
             metrics = Metrics(file, settings.log_interval, self.step, self.total_steps)
             progress = Progress(first, self.total_steps, self.batch_size, self._say)
@@ -190,7 +189,7 @@ class Trainer:
         try:
             make = self._sunk_steps if settings.data_sink else self._steps
             with self._interruption, closing(make(batches)) as results:
-                if is_done and self.is_main:
+                if is_done and self.is_main_process:
                     checkpoints.finish(self)
                     grids.finish(self)
                 for result in () if is_done else results:
@@ -211,7 +210,7 @@ class Trainer:
             self._say(line)
         # The launcher kills all workers when one ends with an error, rank 0 at its saving too.
         number = self._interruption.number
-        is_told = self.is_main and self.is_interrupted and number is not None
+        is_told = self.is_main_process and self.is_interrupted and number is not None
         return 128 + number if is_told else 0
 
     def _steps(self, batches: Batches) -> Generator[StepResult, None, None]:
@@ -268,7 +267,7 @@ class Trainer:
         self._stop_reason = reason
 
     def agree_to_stop(self) -> None:
-        """Stops every worker where one is asked to; after a signal without drawing pictures."""
+        """Stops every worker where one is asked to; after a signal without drawing images."""
         signal = self._interruption
         if not self.workers.any(self._stop_reason is not None or signal.number is not None):
             return
@@ -278,14 +277,14 @@ class Trainer:
         elif self._stop_reason is None:
             self.stop("as another worker asked")
 
-    def sampler(self) -> PictureSampler:
-        """Draws pictures from the weights as they are."""
+    def sampler(self) -> ImageSampler:
+        """Draws images from the weights as they are."""
         if self._sampler is None:
             size = (self.dataset.target_size, self.dataset.target_size)
             told = Conditions(
                 size, self.dataset.typical_size(), aesthetic_score=self.dataset.aesthetic_score
             )
-            self._sampler = PictureSampler(self.hooks, self.model, told, self._eager)
+            self._sampler = ImageSampler(self.hooks, self.model, told, self._eager)
         return self._sampler
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -301,4 +300,4 @@ class Trainer:
     def _grid_prompts(self) -> list[str]:
         if self.config.train.sample_prompts:
             return list(self.config.train.sample_prompts)
-        return [p.caption for p in self.dataset.pictures[: self.config.train.sample_count]]
+        return [p.caption for p in self.dataset.images[: self.config.train.sample_count]]

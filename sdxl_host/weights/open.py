@@ -171,7 +171,7 @@ def _completed(source: Source) -> Source:
             scale = name.replace("text_projection", "logit_scale")
             if scale not in source.shapes:
                 made[scale] = np.array(INITIAL_LOGIT_SCALE, np.float32)
-                notes.append(f"{scale} made up: log(1/0.07); it has no effect on pictures")
+                notes.append(f"{scale} made up: log(1/0.07); it has no effect on images")
     dtypes = {name: "int64" if array.ndim else "fp32" for name, array in made.items()}
     return replace(
         source,

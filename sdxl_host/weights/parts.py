@@ -91,7 +91,7 @@ def weight_lines(source: Source, model: DiffusionModel) -> list[str]:
 
 
 def check_fit(model: DiffusionModel, size: tuple[int, int], where: str) -> None:
-    """Builds the cells, without values, and sees that they fit each other and the pictures.
+    """Builds the cells, without values, and sees that they fit each other and the images.
 
     size: (height, width) in pixels; where: what the message calls it. Raises ConfigError.
     """

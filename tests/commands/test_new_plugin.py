@@ -37,12 +37,12 @@ ROLES = {
     "on_step_end": "observes",
 }
 # One package for each hook, and packages of all five hooks: with a name that is the template's own,
-# one that is the host's class Noise but for its capital letter, and the longest there may be.
+# one that is the host's class NoiseLevels but for its capital letter, and the longest there may be.
 HOOKS_OF = {
     **{f"only_{hook}": [hook] for hook in HOOKS},
-    **{name: list(HOOKS) for name in ("all_five", "my_plugin", "noise", LONG)},
+    **{name: list(HOOKS) for name in ("all_five", "my_plugin", "noise_levels", LONG)},
 }
-CLASS_OF = {"noise": "NoisePlugin", LONG: "ANameOfThirtyCharactersAb"}
+CLASS_OF = {"noise_levels": "NoiseLevelsPlugin", LONG: "ANameOfThirtyCharactersAb"}
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_the_types_are_right(written: Path, tmp_path: Path) -> None:
     tool(copied, "basedpyright", "--pythonpath", sys.executable)
 
 
-@pytest.mark.parametrize("name", ["all_five", "noise"])
+@pytest.mark.parametrize("name", ["all_five", "noise_levels"])
 def test_the_tests_of_its_formulas_pass(written: Path, name: str) -> None:
     """The contract is for a package that is installed; test_install.py sees to it."""
     path = os.pathsep.join([str(written / name), str(ROOT)])

@@ -22,7 +22,7 @@ from sdxl_host.cli import main
 from sdxl_host.config.load import RunConfig, load
 from sdxl_host.config.provenance import commented_yaml, origins
 from sdxl_host.data.captions import Captioned
-from sdxl_host.diffusion.conditioning import Encoders
+from sdxl_host.diffusion.conditioning import TextEncoders
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.planning.captions import Recorder, caption_lengths
 from sdxl_host.planning.chart import draw_curves
@@ -48,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return said.err.removeprefix("sdxl-host: error: ").strip()
 
 
-def pictures(folder: Path, captions: dict[str, str]) -> Path:
+def images(folder: Path, captions: dict[str, str]) -> Path:
     folder.mkdir()
     for name, caption in captions.items():
         Image.new("RGB", (40, 36), "red").save(folder / f"{name}.png")
@@ -260,7 +260,7 @@ class OneHook:
 def lengths(encode: Any, *captions: str, encoders: Sequence[Any] = ()) -> list[tuple[int, int]]:
     """(tokens, lost) of each caption when `encode` answers encode_prompt."""
     shown = [Captioned(f"{i}.png", Path(), caption) for i, caption in enumerate(captions)]
-    encoders = Encoders(list(encoders) or [Words(902, 0), Words()])
+    encoders = TextEncoders(list(encoders) or [Words(902, 0), Words()])
     found = caption_lengths(OneHook(encode), encoders, shown)
     assert [each.name for each in found] == [each.name for each in shown]
     return [(each.tokens, each.lost) for each in found]
@@ -380,7 +380,7 @@ def test_captions_with_and_without_long_prompts(
     device: str, here: Path, capsys, words: list[str], said: list[str]
 ) -> None:
     """Read as prompt weights, brackets are no tokens."""
-    pictures(here / "data", {"short": "a cat", "long": LONG, "weighted": WEIGHTED})
+    images(here / "data", {"short": "a cat", "long": LONG, "weighted": WEIGHTED})
     assert plan("--data_path", "data", *words) == 0
     text = capsys.readouterr().out
     for part in said:
@@ -393,7 +393,7 @@ def test_only_the_worst_captions_are_named_and_the_rest_counted(
     device: str, here: Path, capsys
 ) -> None:
     captions = {f"p{n}": " ".join(["cat"] * (80 + n)) for n in range(8)}
-    pictures(here / "data", captions)
+    images(here / "data", captions)
     assert plan("--data_path", "data", "--plugins", "none") == 0
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if line.startswith("  cut off")]
@@ -540,7 +540,7 @@ def test_the_whole_of_a_plan(device: str, here: Path, capsys) -> None:
         "(flash-attention needs an Ascend device)",
         "precision   O2, float16 but for norms and SiLU, weights in float32",
         "curves      quarters of the timesteps, clean to noisy; without plugins -> with them",
-        "captions    none of 64 of the pictures that the package carries cut off; encoded by host",
+        "captions    none of 64 of the images that the package carries cut off; encoded by host",
         "parameters",
         "memory      of one device, estimated; activations come on top and are not",
         "written     plan/config.yaml, plan/curves.csv, plan/curves.png",
@@ -590,15 +590,15 @@ def test_the_table_of_numbers_is_the_curves(device: str, here: Path) -> None:
         assert np.allclose([float(row[name]) for row in rows], values, rtol=1e-8), name
 
 
-def test_the_picture_shows_the_plugins(device: str, here: Path) -> None:
+def test_the_image_shows_the_plugins(device: str, here: Path) -> None:
     for out, plugins in (("one", "snr"), ("two", "edm"), ("three", "snr")):
         assert plan("--plugins", plugins, "--out", out) == 0
     files = [(here / out / "curves.png").read_bytes() for out in ("one", "two", "three")]
     assert files[0] != files[1]
     assert files[0] == files[2]
-    with Image.open(here / "one" / "curves.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 900
+    with Image.open(here / "one" / "curves.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 900
 
 
 def test_the_curves_are_drawn_where_their_values_are() -> None:
@@ -676,7 +676,7 @@ def weight_of_another_model(here: Path) -> list[str]:
 
 
 def caption_missing(here: Path) -> list[str]:
-    (pictures(here / "data", {"a": "a cat", "b": "x"}) / "b.txt").unlink()
+    (images(here / "data", {"a": "a cat", "b": "x"}) / "b.txt").unlink()
     return ["--data_path", "data"]
 
 

@@ -45,7 +45,7 @@ def sample(checkpoint: Path, *arguments: str) -> int:
     return main(["sample", "--checkpoint", str(checkpoint), *arguments])
 
 
-def picture(file: Path) -> np.ndarray:
+def image(file: Path) -> np.ndarray:
     with Image.open(file) as opened:
         return np.asarray(opened)
 
@@ -55,10 +55,10 @@ def test_a_grid_is_written_where_out_says(plain: Path, tmp_path: Path, capsys) -
     arguments = ["--prompt", "an owl", "--prompt", "a key", "--steps", "2", "--out", str(out)]
     assert sample(plain, *arguments) == 0
     said = capsys.readouterr().out
-    assert f"pictures    {out}" in said
+    assert f"images      {out}" in said
     assert "plugins     none" in said
     assert "objective   eps, spacing trailing" in said
-    height, width, channels = picture(out).shape
+    height, width, channels = image(out).shape
     assert channels == 3
     assert width > 2 * 128
     assert height > 128
@@ -83,7 +83,7 @@ def test_a_model_trained_with_edm_samples_as_edm(edm: Path, tmp_path: Path, caps
 
 
 def test_the_preconditioning_is_what_decides(edm: Path, monkeypatch, device: str) -> None:
-    """The same weights drawn as eps give other pictures, so the record is not idle."""
+    """The same weights drawn as eps give other images, so the record is not idle."""
     sampler, _ = restore_sampler(edm)
     right = sampler.draw(["an owl"], 2, 1.0, 0)
     model = sampler.model.with_preconditioning(EpsPreconditioning(sampler.model.schedule))
@@ -105,7 +105,7 @@ def test_a_checkpoint_in_bfloat16_is_drawn_in_float32_where_the_device_lacks_it(
     assert sample(plain, *words, str(tmp_path / "b.png")) == 0
     said = capsys.readouterr().out
     assert "note        trained at O3 in bfloat16, which this device does not compute in; " in said
-    assert np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+    assert np.array_equal(image(tmp_path / "a.png"), image(tmp_path / "b.png"))
 
     # Where the device has it, it is drawn in it.
     asked: list[str] = []
@@ -123,7 +123,7 @@ def test_bfloat16_is_refused_before_a_weight_is_opened(tmp_path: Path, capsys) -
     assert "error: --ms_amp_dtype bfloat16: this device does not" in capsys.readouterr().err
 
 
-def test_a_picture_depends_on_seed_prompt_and_place_alone(plain: Path, device: str) -> None:
+def test_a_image_depends_on_seed_prompt_and_place_alone(plain: Path, device: str) -> None:
     sampler, _ = restore_sampler(plain)
     both = sampler.draw(["an owl", "a key"], 2, 3.0, 5)
     np.testing.assert_allclose(sampler.draw(["an owl"], 2, 3.0, 5)[0], both[0], atol=1e-4)
@@ -135,7 +135,7 @@ def test_a_picture_depends_on_seed_prompt_and_place_alone(plain: Path, device: s
 
 def test_more_prompts_than_fit_a_batch_are_all_drawn(plain: Path, device: str) -> None:
     sampler, _ = restore_sampler(plain)
-    prompts = [f"picture {number}" for number in range(10)]
+    prompts = [f"image {number}" for number in range(10)]
     drawn = sampler.draw(prompts, 1, 1.0, 0)
     assert drawn.shape == (10, 3, 16, 16)
     assert len({row.tobytes() for row in drawn}) == 10
@@ -148,7 +148,7 @@ def test_a_plugin_that_is_gone_is_named(edm: Path, monkeypatch, tmp_path: Path, 
 
 
 def test_weights_draw_what_their_checkpoint_draws(plain: Path, tmp_path: Path, capsys) -> None:
-    """The same picture, where the same is said: the checkpoint knows the pictures' typical size."""
+    """The same image, where the same is said: the checkpoint knows the images' typical size."""
     words = ["--prompt", "an owl", "--steps", "2", "--out"]
     assert sample(plain, *words, str(tmp_path / "a.png")) == 0
     weight = ["--weight", str(plain), "--config", TINY]
@@ -157,7 +157,7 @@ def test_weights_draw_what_their_checkpoint_draws(plain: Path, tmp_path: Path, c
     said = capsys.readouterr().out
     assert f"weights     {plain} (checkpoint of step 3)" in said
     assert main(["sample", *weight, *words, str(tmp_path / "c.png")]) == 0
-    first, second, third = (picture(tmp_path / f"{name}.png") for name in "abc")
+    first, second, third = (image(tmp_path / f"{name}.png") for name in "abc")
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first, third)
 
@@ -174,16 +174,16 @@ def test_weights_draw_what_their_checkpoint_draws(plain: Path, tmp_path: Path, c
     ],
     ids=lambda flags: flags[0][2:],
 )
-def test_each_flag_changes_the_picture(
+def test_each_flag_changes_the_image(
     flags: list[str], plain: Path, tmp_path: Path, device: str
 ) -> None:
     words = ["--prompt", "an owl", "--steps", "3", "--guidance_scale", "4", "--out"]
     assert sample(plain, *words, str(tmp_path / "a.png")) == 0
     assert sample(plain, *flags, *words, str(tmp_path / "b.png")) == 0
-    assert not np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+    assert not np.array_equal(image(tmp_path / "a.png"), image(tmp_path / "b.png"))
 
 
-def test_the_size_is_that_of_the_picture(plain: Path, device: str) -> None:
+def test_the_size_is_that_of_the_image(plain: Path, device: str) -> None:
     sampler, _ = restore_sampler(plain, size=(16, 32))
     assert sampler.draw(["an owl"], 1, 1.0, 0).shape == (1, 3, 16, 32)
 
@@ -196,7 +196,7 @@ def test_a_size_given_with_weights_is_the_original_size_too(
     sizes = ["--size", "16x32"], ["--size", "16x32", "--original_size", "16x32"]
     for name, flags in zip("ab", sizes, strict=True):
         assert main(["sample", *words, *flags, "--out", str(tmp_path / f"{name}.png")]) == 0
-    np.testing.assert_array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+    np.testing.assert_array_equal(image(tmp_path / "a.png"), image(tmp_path / "b.png"))
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,12 @@ EFFECTS = {
     "seed": "training/test_trainer.py::test_another_seed_is_another_run",
     "save_path": "training/test_trainer.py::test_a_folder_that_holds_a_run_is_not_written_over",
     "save_path_with_time": "config/test_flags.py::test_a_folder_named_by_date_and_time",
-    "resume": "training/test_trainer.py::test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one",
-    "allow_changes": "config/test_flags.py::test_a_run_with_other_settings_goes_on_where_that_is_allowed",
+    "resume": (
+        "training/test_trainer.py::test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one"
+    ),
+    "allow_changes": (
+        "config/test_flags.py::test_a_run_with_other_settings_goes_on_where_that_is_allowed"
+    ),
     "resume_step": "config/test_flags.py::test_the_guides_way_to_resume_is_resume",
     "optimizer_weight": "config/test_flags.py::test_the_guides_way_to_resume_is_resume",
     "log_interval": ONE_RUN,
@@ -138,7 +142,7 @@ EFFECTS = {
     "ema_decay": "config/test_flags.py::test_an_average_that_forgets_at_once_is_the_weights",
     "clip_grad": "config/test_flags.py::test_gradients_enter_the_moments_clipped",
     "max_grad_norm": "config/test_flags.py::test_gradients_enter_the_moments_clipped",
-    # the pictures
+    # the images
     "sample_interval": GRIDS,
     "sample_prompts": GRIDS,
     "sample_count": GRIDS,
@@ -165,12 +169,14 @@ EFFECTS = {
     "data.shuffle": DATA,
     "data.num_parallel_workers": "config/test_flags.py::test_threads_change_speed_alone",
     "data.python_multiprocessing": (
-        "config/test_load.py::test_processes_for_pictures_are_refused_with_the_remedy"
+        "config/test_load.py::test_processes_for_images_are_refused_with_the_remedy"
     ),
     "optim.base_learning_rate": "config/test_flags.py::test_the_rate_is_that_of_the_global_batch",
     "optim.optimizer_config": "config/test_flags.py::test_gradients_enter_the_moments_clipped",
     "optim.scheduler_config": "config/test_flags.py::test_the_rate_is_that_of_the_global_batch",
-    "model.params.disable_first_stage_amp": "config/test_flags.py::test_the_first_stage_keeps_float32",
+    "model.params.disable_first_stage_amp": (
+        "config/test_flags.py::test_the_first_stage_keeps_float32"
+    ),
     "model.params.network_config.params.use_recompute": (
         "config/test_flags.py::test_recomputed_blocks_are_called_again_backwards"
     ),
@@ -247,7 +253,7 @@ def test_the_test_of_a_row_is_there_and_uses_the_flag(name: str) -> None:
 GUIDE_FLAGS = {
     "config": "configs/training/sd_xl_base_finetune_910b.yaml",
     "weight": "checkpoints/sd_xl_base_1.0_ms.ckpt",
-    "data_path": "datasets/pictures",
+    "data_path": "datasets/images",
     "per_batch_size": "1",
     "gradient_accumulation_steps": "2",
     "clip_grad": "True",
@@ -438,8 +444,8 @@ def make(device: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="module")
 def run(make: Make) -> Callable[..., Run]:
-    """The same, run; pictures are not drawn, but asked for."""
-    from sdxl_host.sampling.pipeline import PictureSampler
+    """The same, run; images are not drawn, but asked for."""
+    from sdxl_host.sampling.pipeline import ImageSampler
     from sdxl_host.training.observers import FiniteGuard
 
     def run_with(*arguments: str) -> Run:
@@ -460,7 +466,7 @@ def run(make: Make) -> Callable[..., Run]:
             guard(self, trainer, result)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PictureSampler, "draw", draw)
+            patch.setattr(ImageSampler, "draw", draw)
             patch.setattr(FiniteGuard, "on_step_end", on_step_end)
             trainer.run()
         return Run(trainer, said, results, grids)
@@ -666,7 +672,7 @@ def test_an_average_that_forgets_at_once_is_the_weights(run: Callable[..., Run])
         load(["--ema_decay", "1.5"])
 
 
-# ---- the pictures
+# ---- the images
 
 
 def test_what_the_grids_are_drawn_with(run: Callable[..., Run], plain: Run) -> None:
@@ -686,7 +692,7 @@ def test_what_the_grids_are_drawn_with(run: Callable[..., Run], plain: Run) -> N
     assert {key: grid[key] for key in own} == own
     assert grid["step"] == 3
     (more,) = run("--sample_count=3", "--total_step=1").grids
-    captions = [picture.caption for picture in plain.trainer.dataset.pictures]
+    captions = [image.caption for image in plain.trainer.dataset.images]
     assert (grid["prompts"], more["prompts"]) == (captions[:1], captions[:3])
 
 
@@ -694,25 +700,25 @@ def test_what_the_grids_are_drawn_with(run: Callable[..., Run], plain: Run) -> N
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Six captioned pictures, a.png to f.png."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Six captioned images, a.png to f.png."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for index, name in enumerate("abcdef"):
         pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"picture {name}")
+        (folder / f"{name}.txt").write_text(f"image {name}")
     return folder
 
 
 def test_without_shuffle_the_first_batch_has_the_first_names(
-    run: Callable[..., Run], pictures: Path
+    run: Callable[..., Run], images: Path
 ) -> None:
     seen = {}
     key = "data.dataset_config.params.data_path"
     for shuffle, place in (("True", "--data_path"), ("False", key)):
-        found = run(f"{place}={pictures}", f"data.shuffle={shuffle}")
-        seen[shuffle] = [name for result in found.results for name in result.samples]
+        found = run(f"{place}={images}", f"data.shuffle={shuffle}")
+        seen[shuffle] = [name for result in found.results for name in result.sample_ids]
     assert seen["False"] == [f"{name}.png" for name in "abcdef"]
     assert sorted(seen["True"]) == seen["False"]
     assert seen["True"] != seen["False"]

@@ -410,7 +410,7 @@ def test_the_dataset_and_the_optimizer_must_be_there(write):
     refuse(write(optim={"base_learning_rate": 1.0}), r"^optim\.optimizer_config: needs a `target`")
 
 
-def test_processes_for_pictures_are_refused_with_the_remedy(write):
+def test_processes_for_images_are_refused_with_the_remedy(write):
     data = {**default()["data"], "python_multiprocessing": True}
     refuse(write(data=data), r"^data\.python_multiprocessing: True is not supported.*False$")
 

@@ -1,4 +1,4 @@
-"""Captioned pictures: which there are, how they are read, changed and ordered."""
+"""Captioned images: which there are, how they are read, changed and ordered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from sdxl_host.config.load import packaged_configs
 from sdxl_host.data import dataset as dataset_module
 from sdxl_host.data.captions import read_folder
-from sdxl_host.data.dataset import DEMO_PICTURES, Text2ImageDataset
+from sdxl_host.data.dataset import DEMO_IMAGES, Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.data.transforms import (
     AddOriginalImageSizeAsTupleAndCropToSquare,
@@ -42,7 +42,7 @@ def draw(position: int = 0) -> np.random.Generator:
     return generator(42, Stream.CROP, 1, position)
 
 
-def picture(file: Path, width: int = 12, height: int = 8, color: Any = "red") -> Path:
+def image(file: Path, width: int = 12, height: int = 8, color: Any = "red") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), color).save(file)
     return file
@@ -50,16 +50,16 @@ def picture(file: Path, width: int = 12, height: int = 8, color: Any = "red") ->
 
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder for pictures."""
-    found = tmp_path / "pictures"
+    """An empty folder for images."""
+    found = tmp_path / "images"
     found.mkdir()
     return found
 
 
 def captioned(folder: Path, **captions: str) -> Path:
-    """A folder with a picture and a .txt for each name."""
+    """A folder with an image and a .txt for each name."""
     for name, caption in captions.items():
-        picture(folder / f"{name}.png")
+        image(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption, "utf-8")
     return folder
 
@@ -112,7 +112,7 @@ def test_the_three_forms_give_the_same(folder, form):
         "B.PNG": "",
     }
     for name in captions:
-        picture(folder / name)
+        image(folder / name)
     FORMS[form](folder, captions)
     found = read_folder(folder)
     assert [(p.name, p.caption) for p in found] == sorted(
@@ -130,14 +130,14 @@ def test_the_three_forms_give_the_same(folder, form):
 )
 def test_only_a_line_feed_ends_a_line_of_a_table(folder, form, mark):
     """JSON may hold these characters as they are, and texts from the web do."""
-    picture(folder / "a.png")
+    image(folder / "a.png")
     FORMS[form](folder, {"a.png": f"a red{mark}cat"})
     (found,) = read_folder(folder)
     assert found.caption.split() == ["a", "red", "cat"]
 
 
 def test_a_quoted_caption_of_a_csv_may_have_two_lines(folder):
-    picture(folder / "a.png")
+    image(folder / "a.png")
     FORMS["csv"](folder, {"a.png": "a red\ncat"})
     assert read_folder(folder)[0].caption.split() == ["a", "red", "cat"]
 
@@ -149,7 +149,7 @@ def test_a_sidecar_of_several_lines_is_one_caption(folder):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_byte_order_mark_is_not_part_of_the_text(folder, form):
-    picture(folder / "a.png")
+    image(folder / "a.png")
     FORMS[form](folder, {"a.png": "cat"})
     (file,) = [f for f in folder.iterdir() if f.suffix != ".png"]
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -157,7 +157,7 @@ def test_a_byte_order_mark_is_not_part_of_the_text(folder, form):
 
 
 def test_empty_lines_of_a_table_are_skipped(folder):
-    picture(folder / "a.png")
+    image(folder / "a.png")
     (folder / "metadata.jsonl").write_text('\n{"file_name": "a.png", "text": "x"}\n\n')
     assert len(read_folder(folder)) == 1
 
@@ -173,7 +173,7 @@ def test_metadata_comes_before_a_table_comes_before_sidecars(folder):
 
 def test_names_with_dots_and_upper_case_suffixes(folder):
     for name in ("a.b.png", "C.JPG"):
-        picture(folder / name)
+        image(folder / name)
     (folder / "a.b.txt").write_text("one")
     (folder / "C.txt").write_text("two")
     assert [(p.name, p.caption) for p in read_folder(folder)] == [
@@ -196,18 +196,18 @@ def test_names_with_dots_and_upper_case_suffixes(folder):
         (
             "metadata.jsonl",
             '\n{"file_name": "none.png", "text": "x"}',
-            r"metadata\.jsonl, line 2: names the picture none\.png, which is not there; add",
+            r"metadata\.jsonl, line 2: names the image none\.png, which is not there; add",
         ),
-        ("metadata.jsonl", "\n", r"^data_path .*holds no captioned picture"),
+        ("metadata.jsonl", "\n", r"^data_path .*holds no captioned image"),
         (
             "t.csv",
             "dir,text\na.png,x\nnone.png,y\n",
-            r"t\.csv, line 3: names the picture none\.png",
+            r"t\.csv, line 3: names the image none\.png",
         ),
         (
             "t.csv",
             'dir,text\na.png,"x\ny"\nno.png,y\n',
-            r"t\.csv, line 4: names the picture no\.png",
+            r"t\.csv, line 4: names the image no\.png",
         ),
         (
             "t.csv",
@@ -237,8 +237,8 @@ def test_names_with_dots_and_upper_case_suffixes(folder):
             "dir,text\na.png,a dog, running\n",
             r"t\.csv, line 2: has more columns than the first line; put quotes around",
         ),
-        ("b.txt", "lonely", r"b\.txt: a caption without its picture; add the picture or remove"),
-        ("sub/a.txt", "lonely", r"sub/a\.txt: a caption without its picture"),
+        ("b.txt", "lonely", r"b\.txt: a caption without its image; add the image or remove"),
+        ("sub/a.txt", "lonely", r"sub/a\.txt: a caption without its image"),
     ],
 )
 def test_a_table_that_cant_be_used_is_named_with_the_line(folder, file, text, message):
@@ -262,23 +262,21 @@ def test_two_tables_are_refused(folder):
     refuse(folder, r"^data_path .*holds 2 caption tables \(one\.csv, two\.csv\); leave one")
 
 
-def test_a_picture_without_a_caption_is_named(folder):
-    picture(captioned(folder, a="cat") / "sub" / "b.png")
+def test_a_image_without_a_caption_is_named(folder):
+    image(captioned(folder, a="cat") / "sub" / "b.png")
     refuse(folder, r"sub/b\.png: has no caption; write one to b\.txt beside it")
 
 
 def test_an_empty_folder_is_refused_with_what_belongs_there(folder):
-    refuse(
-        folder, r"^data_path .*pictures: holds no captioned picture; put .*\.png.*metadata\.jsonl"
-    )
+    refuse(folder, r"^data_path .*images: holds no captioned image; put .*\.png.*metadata\.jsonl")
 
 
 def test_a_folder_that_is_not_there_is_refused(folder):
     refuse(folder / "none", r"^data_path .*none: there is no such folder")
-    refuse(picture(folder / "a.png"), r"^data_path .*a\.png: there is no such folder")
+    refuse(image(folder / "a.png"), r"^data_path .*a\.png: there is no such folder")
 
 
-# ---- pictures
+# ---- images
 
 
 def spoil(file: Path, how: str) -> None:
@@ -295,11 +293,11 @@ def spoil(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "cut", "text", "flipped"])
-def test_a_picture_that_cant_be_read_is_named(folder, how):
+def test_a_image_that_cant_be_read_is_named(folder, how):
     captioned(folder, a="x", b="y", c="z")
     spoil(folder / "b.png", how)
     data = dataset(folder)
-    message = r"pictures/b\.png: can't be read as a picture \(.*; replace or remove it$"
+    message = r"images/b\.png: can't be read as an image \(.*; replace or remove it$"
     with pytest.raises(DataError, match=message):
         check(data)
     with pytest.raises(DataError, match=message):
@@ -308,7 +306,7 @@ def test_a_picture_that_cant_be_read_is_named(folder, how):
 
 
 def test_a_sample_has_what_a_step_takes(folder):
-    picture(folder / "a.png", 24, 16)
+    image(folder / "a.png", 24, 16)
     (folder / "a.txt").write_text("a cat")
     sample = dataset(folder).sample(0, draw())
     assert (sample.name, sample.caption) == ("a.png", "a cat")
@@ -326,14 +324,14 @@ def test_a_sample_has_what_a_step_takes(folder):
 
 
 def corners(folder: Path, name: str) -> np.ndarray:
-    """The RGB bytes of a square picture as the network gets it."""
+    """The RGB bytes of a square image as the network gets it."""
     (folder / "one.txt").write_text("x")
     pixels = dataset(folder, NEAREST).sample(0, draw()).pixels
     assert (folder / name).exists()
     return np.rint((pixels.transpose(1, 2, 0) + 1) * 127.5).astype(int)
 
 
-# Where the red corner of a stored picture is seen, for each EXIF orientation.
+# Where the red corner of a stored image is seen, for each EXIF orientation.
 TOP, BOTTOM, LEFT, RIGHT = 0, SIDE - 1, 0, SIDE - 1
 ORIENTATIONS = {
     1: (TOP, LEFT),
@@ -348,7 +346,7 @@ ORIENTATIONS = {
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_picture_is_turned_as_its_exif_says(folder, orientation):
+def test_a_image_is_turned_as_its_exif_says(folder, orientation):
     image = Image.new("RGB", (SIDE, SIDE), "black")
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
@@ -365,7 +363,7 @@ def test_a_picture_is_turned_as_its_exif_says(folder, orientation):
 def test_the_original_size_is_that_after_the_rotation(
     folder, monkeypatch, orientation, size, decoded_at_start
 ):
-    """Also where there are so many pictures that only their headers are read at the start."""
+    """Also where there are so many images that only their headers are read at the start."""
     monkeypatch.setattr(dataset_module, "_DECODED_AT_START", decoded_at_start)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -487,7 +485,7 @@ def test_the_crop_is_recorded_and_covers_every_place(height, width):
 
 
 def test_the_crop_is_a_function_of_seed_step_and_position(folder):
-    picture(folder / "a.png", 64, 8)
+    image(folder / "a.png", 64, 8)
     (folder / "a.txt").write_text("x")
     data = dataset(folder)
 
@@ -535,7 +533,7 @@ def test_a_transform_leaves_its_input_as_it_was(transform):
     ],
 )
 def test_transforms_that_do_not_end_in_the_networks_input_are_named(folder, transforms):
-    picture(captioned(folder, a="x") / "a.png", 40, 20)
+    image(captioned(folder, a="x") / "a.png", 40, 20)
     with pytest.raises(HostError, match=r"^data\.dataset_config\.params\.transforms\b"):
         dataset(folder, transforms).sample(0, draw())
 
@@ -545,27 +543,25 @@ def test_transforms_that_do_not_end_in_the_networks_input_are_named(folder, tran
 
 def test_only_picks_by_name_in_the_order_given(folder):
     data = dataset(captioned(folder, a="1", b="2", c="3"), only=["c.png", "a.png"])
-    assert [picture.caption for picture in data.pictures] == ["3", "1"]
+    assert [image.caption for image in data.images] == ["3", "1"]
     assert len(data) == 2
 
 
-def test_only_names_pictures_that_are_there(folder):
+def test_only_names_images_that_are_there(folder):
     captioned(folder, cat="1", dog="2")
-    with pytest.raises(
-        DataError, match=r"params\.only: there is no picture cats\.png .*cat\.png\?"
-    ):
+    with pytest.raises(DataError, match=r"params\.only: there is no image cats\.png .*cat\.png\?"):
         dataset(folder, only=["dog.png", "cats.png"])
 
 
 def test_only_with_no_name_is_refused(folder):
-    """None at all can't be trained on; leaving `only` out takes every picture."""
+    """None at all can't be trained on; leaving `only` out takes every image."""
     with pytest.raises((HostError, ValueError), match="only"):
         dataset(captioned(folder, a="1"), only=[])
 
 
 def test_typical_size_is_the_median_height_and_width(folder):
     for name, (width, height) in {"a": (10, 8), "b": (20, 9), "c": (300, 200)}.items():
-        picture(folder / f"{name}.png", width, height)
+        image(folder / f"{name}.png", width, height)
         (folder / f"{name}.txt").write_text("x")
     data = dataset(folder)
     check(data)
@@ -627,7 +623,7 @@ def test_indices_are_plain_integers():
         assert {type(i) for i in Order(3, 4, 1, shuffle).indices(1)} == {int}
 
 
-# ---- the pictures that the package carries
+# ---- the images that the package carries
 
 
 @pytest.fixture(scope="module")
@@ -636,18 +632,18 @@ def demo() -> Text2ImageDataset:
     return Text2ImageDataset(**node["data"]["dataset_config"]["params"])
 
 
-def test_the_carried_pictures_are_64_with_captions_of_their_own(demo):
+def test_the_carried_images_are_64_with_captions_of_their_own(demo):
     assert demo.is_demo
     assert len(demo) == 64
-    assert len({picture.caption for picture in demo.pictures}) == 64
-    lines = (DEMO_PICTURES / "metadata.jsonl").read_text("utf-8").splitlines()
+    assert len({image.caption for image in demo.images}) == 64
+    lines = (DEMO_IMAGES / "metadata.jsonl").read_text("utf-8").splitlines()
     captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
-    assert {picture.name: picture.caption for picture in demo.pictures} == captions
+    assert {image.name: image.caption for image in demo.images} == captions
     assert captions["red_apple.png"].endswith("a red apple")
-    assert {f.name for f in DEMO_PICTURES.glob("*.png")} == {p.name for p in demo.pictures}
+    assert {f.name for f in DEMO_IMAGES.glob("*.png")} == {p.name for p in demo.images}
 
 
-def test_the_carried_pictures_load_and_are_small(demo):
+def test_the_carried_images_load_and_are_small(demo):
     check(demo)
     assert demo.typical_size() == (64, 64)
     pixels = np.stack([demo.sample(index, draw()).pixels for index in range(64)])
@@ -655,11 +651,11 @@ def test_the_carried_pictures_load_and_are_small(demo):
     assert -1.0 <= pixels.min() < -0.5
     assert pixels.max() == 1.0  # they lie on white
     assert len({array.tobytes() for array in pixels}) == 64
-    assert sum(file.stat().st_size for file in DEMO_PICTURES.iterdir()) < 1 << 20
+    assert sum(file.stat().st_size for file in DEMO_IMAGES.iterdir()) < 1 << 20
 
 
-def test_the_carried_pictures_name_their_source_and_licence():
-    notice = (DEMO_PICTURES / "NOTICE.md").read_text("utf-8")
+def test_the_carried_images_name_their_source_and_licence():
+    notice = (DEMO_IMAGES / "NOTICE.md").read_text("utf-8")
     for word in ("Fluent Emoji", "Microsoft", "MIT License", "Permission is hereby granted"):
         assert word in notice
 
@@ -671,11 +667,11 @@ def test_a_folder_of_ones_own_is_not_the_demo(folder):
 def test_the_demo_configs_names_are_carried():
     node = yaml.safe_load((packaged_configs() / "learn_demo.yaml").read_text("utf-8"))
     data = Text2ImageDataset(**node["data"]["dataset_config"]["params"])
-    assert len(data) == len({picture.name for picture in data.pictures}) == 16
+    assert len(data) == len({image.name for image in data.images}) == 16
 
 
-def test_the_learning_run_takes_the_pictures_that_differ_most():
-    """demo16.txt, which the script that makes the pictures writes, and the config agree."""
+def test_the_learning_run_takes_the_images_that_differ_most():
+    """demo16.txt, which the script that makes the images writes, and the config agree."""
     root = Path(__file__).parents[2]
     config = OmegaConf.load(root / "configs" / "learn_demo.yaml")
     chosen = (root / "sdxl_host" / "data" / "demo16.txt").read_text().split()

@@ -8,11 +8,11 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from sdxl_host.diffusion.distributions import DiscreteDistribution, Distribution
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.distributions import DiscreteDistribution, NoiseDistribution
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
 EXACT = 1e-10
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 # The smallest and largest uniforms the host draws, and some between.
 EXTREMES = np.array([2.0**-54, 2.0**-53, 1e-12, 0.5, 1 - 2.0**-52, 1 - 2.0**-53])
 
@@ -20,7 +20,7 @@ _inverse_normal = np.vectorize(NormalDist().inv_cdf, otypes=[float])
 _erfc = np.vectorize(math.erfc, otypes=[float])
 
 
-class LogNormal(Distribution):
+class LogNormal(NoiseDistribution):
     """ln s ~ N(mean, deviation^2)."""
 
     def __init__(self, mean: float = -1.2, deviation: float = 1.2) -> None:
@@ -74,7 +74,7 @@ DISCRETE = ["uniform", "discrete", "gappy"]
 WEIGHTS = {"later": later(), "range": between(200, 500), "rough": rough(), "ones": np.ones(1000)}
 
 
-def piece_masses(base: Distribution) -> np.ndarray:
+def piece_masses(base: NoiseDistribution) -> np.ndarray:
     """(1000,) F(e_{j+1}) - F(e_j)."""
     return np.diff(np.concatenate([[0.0], base.cdf(SCHEDULE.edges[1:-1]), [1.0]]))
 
@@ -168,7 +168,7 @@ def test_mean_of_a_continuous_distribution():
 @pytest.mark.parametrize("name", BASES)
 def test_ratio_is_1_where_nothing_was_reweighted(name):
     sigma = np.array([[0.01, 1.0], [5.0, 100.0]])
-    np.testing.assert_array_equal(BASES[name].ratio(sigma), np.ones((2, 2)))
+    np.testing.assert_array_equal(BASES[name].density_ratio(sigma), np.ones((2, 2)))
 
 
 # ---- reweighted
@@ -247,7 +247,7 @@ def test_equal_weights_change_nothing(name):
     same = base.reweighted(np.full(1000, 7.0))
     sigma = np.geomspace(0.01, 50, 777)
     np.testing.assert_allclose(same.cdf(sigma), base.cdf(sigma), atol=1e-13)
-    np.testing.assert_allclose(same.ratio(sigma), np.ones(777), rtol=1e-12)
+    np.testing.assert_allclose(same.density_ratio(sigma), np.ones(777), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -256,7 +256,7 @@ def test_the_scale_of_the_weights_does_not_matter(name, scale):
     one, other = BASES[name].reweighted(rough()), BASES[name].reweighted(rough() * scale)
     sigma = np.geomspace(0.01, 50, 777)
     np.testing.assert_allclose(one.cdf(sigma), other.cdf(sigma), atol=1e-12)
-    np.testing.assert_allclose(one.ratio(sigma), other.ratio(sigma), rtol=1e-12)
+    np.testing.assert_allclose(one.density_ratio(sigma), other.density_ratio(sigma), rtol=1e-12)
     cdf = BASES[name].cdf  # a quantile itself is ill-conditioned in the tails
     np.testing.assert_allclose(
         cdf(one.quantile(EXTREMES)), cdf(other.quantile(EXTREMES)), atol=1e-13
@@ -291,7 +291,9 @@ def test_nested_reweighting_is_the_product(name):
     product = BASES[name].reweighted(rough(1) * rough(2) * later())
     sigma = np.geomspace(0.01, 50, 777)
     np.testing.assert_allclose(nested.cdf(sigma), product.cdf(sigma), atol=1e-13)
-    np.testing.assert_allclose(nested.ratio(sigma), product.ratio(sigma), rtol=1e-12)
+    np.testing.assert_allclose(
+        nested.density_ratio(sigma), product.density_ratio(sigma), rtol=1e-12
+    )
     np.testing.assert_allclose(nested.quantile(UNIFORMS), product.quantile(UNIFORMS), rtol=1e-9)
 
 
@@ -302,7 +304,7 @@ def test_nested_reweighting_is_the_product(name):
 @pytest.mark.parametrize("name", BASES)
 def test_ratio_integrates_to_1(name, weights):
     """Integral of ratio * p over sigma = 1: it is a density ratio, not a weight."""
-    ratio = BASES[name].reweighted(WEIGHTS[weights]).ratio(SCHEDULE.sigmas)
+    ratio = BASES[name].reweighted(WEIGHTS[weights]).density_ratio(SCHEDULE.sigmas)
     assert (ratio * piece_masses(BASES[name])).sum() == pytest.approx(1, abs=1e-12)
 
 
@@ -313,8 +315,8 @@ def test_ratio_is_the_quotient_of_the_densities():
     low, high = SCHEDULE.edges[1:-2], SCHEDULE.edges[2:-1]
     a, b = low + 0.2 * (high - low), low + 0.8 * (high - low)
     quotient = (distribution.cdf(b) - distribution.cdf(a)) / (base.cdf(b) - base.cdf(a))
-    np.testing.assert_allclose(distribution.ratio(a), quotient, rtol=1e-6)
-    np.testing.assert_array_equal(distribution.ratio(a), distribution.ratio(b))
+    np.testing.assert_allclose(distribution.density_ratio(a), quotient, rtol=1e-6)
+    np.testing.assert_array_equal(distribution.density_ratio(a), distribution.density_ratio(b))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -324,7 +326,7 @@ def test_mean_after_is_the_mean_of_ratio_times_f_before(name, f):
     distribution = BASES[name].reweighted(later(0.5, 3.0))
     u = (np.arange(40_000) + 0.5) / 40_000
     drawn = f(distribution.quantile(u)).mean()
-    before = BASES[name].expect(lambda sigma: distribution.ratio(sigma) * f(sigma))
+    before = BASES[name].expect(lambda sigma: distribution.density_ratio(sigma) * f(sigma))
     assert distribution.expect(f) == pytest.approx(drawn, abs=5e-4)
     assert before == pytest.approx(drawn, abs=5e-4)
 
@@ -333,7 +335,7 @@ def test_mean_after_is_the_mean_of_ratio_times_f_before(name, f):
 def test_importance_correction_restores_the_mean(name):
     """E_q[f / ratio] = E_p[f]."""
     distribution = BASES[name].reweighted(rough())
-    corrected = distribution.expect(lambda sigma: np.log(sigma) / distribution.ratio(sigma))
+    corrected = distribution.expect(lambda sigma: np.log(sigma) / distribution.density_ratio(sigma))
     assert corrected == pytest.approx(BASES[name].expect(np.log), rel=EXACT)
 
 
@@ -366,7 +368,7 @@ def test_extreme_uniforms_keep_their_tail_in_a_reweighted_one(u):
     base = LogNormal()
     distribution = base.reweighted(later(0.25, 2.0))
     sigma = distribution.quantile(np.array([u]))
-    ratio = distribution.ratio(sigma)[0]
+    ratio = distribution.density_ratio(sigma)[0]
     expected = u / ratio if u < 0.5 else 1 - (1 - u) / ratio
     assert sigma[0] == pytest.approx(
         base.quantile(np.array([min(expected, 1 - 2.0**-53)]))[0], 0.05
@@ -381,7 +383,7 @@ def test_shapes_are_kept(name, shape):
     for distribution in (BASES[name], BASES[name].reweighted(later())):
         assert np.shape(distribution.quantile(u)) == shape
         assert np.shape(distribution.cdf(u)) == shape
-        assert np.shape(distribution.ratio(u)) == shape
+        assert np.shape(distribution.density_ratio(u)) == shape
 
 
 @pytest.mark.parametrize("nested", [False, True])

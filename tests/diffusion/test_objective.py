@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdxl_host.diffusion.distributions import DiscreteDistribution
-from sdxl_host.diffusion.objective import Coefficients, Noise, coefficients, denoise
+from sdxl_host.diffusion.objective import Coefficients, NoiseLevels, coefficients, denoise
 from sdxl_host.diffusion.preconditioning import (
     EpsPreconditioning,
     Preconditioning,
@@ -17,11 +17,11 @@ from sdxl_host.diffusion.preconditioning import (
     unit_weighting,
     v_weighting,
 )
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-10
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 SIGMA = np.geomspace(1e-3, 1e3, 61)
 SIGMA_DATA = 0.5
 
@@ -130,7 +130,7 @@ def test_whole_numbers_are_read_as_floats():
 @ALL
 def test_network_input_is_c_in_times_x(preconditioning):
     """p z + q n = c_in x, with x = z + s n."""
-    z, n = pictures()
+    z, n = images()
     six = coefficients(preconditioning, SIGMA, np.ones(61))
     x = z + column(SIGMA) * n
     expected = column(preconditioning.c_in(SIGMA)) * x
@@ -140,7 +140,7 @@ def test_network_input_is_c_in_times_x(preconditioning):
 @ALL
 def test_network_target_is_the_output_that_denoises_exactly(preconditioning):
     """a z + b n = (z - c_skip x) / c_out, the F for which D = z."""
-    z, n = pictures()
+    z, n = images()
     six = coefficients(preconditioning, SIGMA, np.ones(61))
     x = z + column(SIGMA) * n
     c_skip, c_out = column(preconditioning.c_skip(SIGMA)), column(preconditioning.c_out(SIGMA))
@@ -210,7 +210,7 @@ def test_every_number_is_finite_at_the_ends_of_snr(preconditioning):
 # ---- law 1: the parametrisation does not matter
 
 
-def pictures(count: int = 61, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
+def images(count: int = 61, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
     """z and n, (G, size) float64."""
     generator = np.random.default_rng(11)
     return generator.normal(size=(count, size)), generator.normal(size=(count, size))
@@ -256,7 +256,7 @@ WEIGHTS = {
 @ALL
 def test_law_1_parametrisation_invariance(preconditioning, weight):
     """w |F - target|^2 = lambda |D - z|^2, for the same D and lambda, whatever F predicts."""
-    z, n = pictures()
+    z, n = images()
     denoised = any_denoiser(z + column(SIGMA) * n, column(SIGMA))
     expected = WEIGHTS[weight] * ((denoised - z) ** 2).mean(axis=1)
     actual = loss_of_six_numbers(preconditioning, z, n, WEIGHTS[weight])
@@ -268,7 +268,7 @@ def test_law_1_parametrisation_invariance(preconditioning, weight):
 @ALL
 def test_law_1_gradient(preconditioning):
     """d loss / dD is that of lambda |D - z|^2: 2 w (F - target) / c_out = 2 lambda (D - z)."""
-    z, n = pictures()
+    z, n = images()
     weight = WEIGHTS["any"]
     six = coefficients(preconditioning, SIGMA, weight)
     x = z + column(SIGMA) * n
@@ -283,7 +283,7 @@ def test_law_1_gradient(preconditioning):
 @pytest.mark.parametrize("sigma", [1e-3, 0.02917, 1.0, 14.6146, 1e3])
 def test_denoise_inverts_the_target(preconditioning, sigma):
     """denoise(x, a z + b n) = z: the perfect output gives the clean latent."""
-    z, n = pictures(1)
+    z, n = images(1)
     six = coefficients(preconditioning, np.array([sigma]), np.ones(1))
     x = z + sigma * n
     restored = denoise(preconditioning, x, sigma, six.a * z + six.b * n)
@@ -292,7 +292,7 @@ def test_denoise_inverts_the_target(preconditioning, sigma):
 
 @ALL
 def test_denoise_is_c_skip_x_plus_c_out_f(preconditioning):
-    x, output = pictures(1)
+    x, output = images(1)
     expected = preconditioning.c_skip(np.array(0.7)) * x + preconditioning.c_out(0.7) * output
     np.testing.assert_allclose(denoise(preconditioning, x, 0.7, output), expected, rtol=1e-12)
 
@@ -319,7 +319,7 @@ def test_min_snr_factor_on_the_networks_own_error(preconditioning):
 )
 def test_golden_min_snr(preconditioning, key):
     """diffusers' compute_snr and its two formulas, in float32 (abar 0.00466 costs it 3e-4)."""
-    noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, DiscreteDistribution(SCHEDULE))
+    noise = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, DiscreteDistribution(SCHEDULE))
     with np.load(GOLDEN / "min_snr.npz") as golden:
         clipped = np.minimum(noise.snr, float(golden["gamma"]))
         six = coefficients(preconditioning, noise.sigma, clipped)
@@ -342,7 +342,7 @@ def test_mean_of_min_snr_over_the_timesteps(preconditioning, mean):
 def test_noise_at_sigma():
     """snr = 1 / s^2 and timestep = t(s), all float64 (G,)."""
     distribution = DiscreteDistribution(SCHEDULE)
-    noise = Noise.at(SIGMA.astype(np.float32), SCHEDULE, distribution)
+    noise = NoiseLevels.at(SIGMA.astype(np.float32), SCHEDULE, distribution)
     sigma = SIGMA.astype(np.float32).astype(float)
     np.testing.assert_array_equal(noise.sigma, sigma)
     np.testing.assert_allclose(noise.snr, sigma**-2, rtol=1e-14)

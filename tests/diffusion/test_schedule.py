@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from sdxl_host.diffusion.arrays import floats
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXACT = 1e-10
 
 
 @pytest.fixture(scope="module")
-def schedule() -> Schedule:
-    return Schedule.scaled_linear()
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule.scaled_linear()
 
 
 def test_sdxl_figures(schedule):
@@ -51,7 +51,7 @@ def test_sigma_is_sqrt_of_one_minus_abar_over_abar(start, end, count):
     """s_t = sqrt((1 - abar_t) / abar_t) with abar = cumprod(1 - beta), beta linear in its root."""
     beta = np.linspace(np.sqrt(start), np.sqrt(end), count) ** 2
     abar = np.cumprod(1.0 - beta)
-    schedule = Schedule.scaled_linear(start, end, count)
+    schedule = NoiseSchedule.scaled_linear(start, end, count)
     assert len(schedule) == count
     np.testing.assert_allclose(schedule.sigmas, np.sqrt((1 - abar) / abar), rtol=EXACT)
 
@@ -195,7 +195,7 @@ def zero_terminal_snr() -> np.ndarray:
 )
 def test_refused_sigmas(sigmas, reason):
     with pytest.raises(ValueError, match=f"^schedule: .*{reason}"):
-        Schedule(np.asarray(sigmas, float))
+        NoiseSchedule(np.asarray(sigmas, float))
 
 
 @pytest.mark.parametrize(
@@ -204,11 +204,11 @@ def test_refused_sigmas(sigmas, reason):
 )
 def test_refused_betas(start, end):
     with pytest.raises(ValueError, match="0 < linear_start <= linear_end < 1"):
-        Schedule.scaled_linear(start, end)
+        NoiseSchedule.scaled_linear(start, end)
 
 
 def test_a_list_of_sigmas_becomes_float64():
-    schedule = Schedule([1, 2, 4])  # type: ignore[arg-type]
+    schedule = NoiseSchedule([1, 2, 4])  # type: ignore[arg-type]
     assert schedule.sigmas.dtype == np.float64
     np.testing.assert_allclose(schedule.edges, [0, 2**0.5, 2 * 2**0.5, np.inf], rtol=1e-14)
 

@@ -88,10 +88,10 @@ def test_there_are_the_pages():
 
 def test_the_plugin_of_the_readme_is_the_one_that_is_shipped():
     """It says of itself that it is the whole of Min-SNR."""
-    from sdxl_host import DiscreteDistribution, Noise, Schedule
+    from sdxl_host import DiscreteDistribution, NoiseLevels, NoiseSchedule
 
-    schedule = Schedule.scaled_linear()
-    noise = Noise.at(np.array([0.1, 1.0, 9.0]), schedule, DiscreteDistribution(schedule))
+    schedule = NoiseSchedule.scaled_linear()
+    noise = NoiseLevels.at(np.array([0.1, 1.0, 9.0]), schedule, DiscreteDistribution(schedule))
     names: dict[str, Any] = {}
     write_docs.rendered(ROOT / "README.md", names)
     told = names["MinSNR"](names["Options"]()).weight_loss(noise)
@@ -180,17 +180,17 @@ PRIVATE = {
     },
 }
 CLASSES = {
-    "Noise": "diffusion/objective.py",
-    "Distribution": "diffusion/distributions.py",
-    "Schedule": "diffusion/schedule.py",
-    "DiffusionModel": "model.py",
+    "NoiseLevels": "diffusion/objective.py",
+    "NoiseDistribution": "diffusion/distributions.py",
+    "NoiseSchedule": "diffusion/schedule.py",
+    "DiffusionModel": "diffusion/model.py",
     "Preconditioning": "diffusion/preconditioning.py",
-    "Sampling": "model.py",
-    "Encoders": "prompts.py",
-    "TextEncoder": "prompts.py",
-    "PromptEmbedding": "prompts.py",
-    "StepResult": "training/result.py",
-    "TrainerView": "training/result.py",
+    "SamplingDefaults": "diffusion/model.py",
+    "TextEncoders": "diffusion/conditioning.py",
+    "TextEncoder": "diffusion/conditioning.py",
+    "PromptEmbedding": "diffusion/conditioning.py",
+    "StepResult": "plugins/step_result.py",
+    "TrainerView": "plugins/step_result.py",
 }
 
 

@@ -670,7 +670,7 @@ def test_no_plugins(site) -> None:
 
 
 def test_plugins_that_cannot_be_listed(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "sdxl_host.plugins", None)
+    monkeypatch.setitem(sys.modules, "sdxl_host.plugins.discovery", None)
     (finding,) = diagnosis.plugins()
     assert (finding.state, finding.remedy) == ("fault", "mend the packages above")
     assert finding.seen.startswith("can't be listed: ModuleNotFoundError: ")

@@ -195,7 +195,7 @@ TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 NETWORK = "model.params.network_config.params"
 EMBEDDERS = "model.params.conditioner_config.params.emb_models"
 DROPOUT = 0.4
-PICTURES = [f"{name}.png" for name in ("anchor", "banana", "crab", "gem_stone", "key")]
+IMAGES = [f"{name}.png" for name in ("anchor", "banana", "crab", "gem_stone", "key")]
 ARGUMENTS = [
     *("--config", TINY, "--save_path_with_time=False"),
     *("--plugins", "edm,snr,timestep_bias,counting"),
@@ -204,7 +204,7 @@ ARGUMENTS = [
     *(f"{EMBEDDERS}[{index}].ucg_rate={DROPOUT}" for index in (0, 1)),
     *(f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.attention_resolutions=[1]"),
     *(f"{NETWORK}.transformer_depth=[1]", "--guidance_scale=1"),
-    f"data.dataset_config.params.only=[{','.join(PICTURES)}]",
+    f"data.dataset_config.params.only=[{','.join(IMAGES)}]",
     *("--save_ckpt_interval=2", "--max_num_ckpt=2"),
 ]
 # A plugin with state that goes into the loss, so that one count too many or too few is seen.

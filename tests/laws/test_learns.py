@@ -11,11 +11,11 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "learns.py"
 
 
 @pytest.mark.soak
-def test_sixteen_pictures_are_drawn_from_their_captions(
+def test_sixteen_images_are_drawn_from_their_captions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 16 samples from noise that training never saw, at least 10 are nearest to the picture of
-    their own caption, where chance gives one, and at most 2 to the picture of the caption before.
+    """Of 16 samples from noise that training never saw, at least 10 are nearest to the image of
+    their own caption, where chance gives one, and at most 2 to the image of the caption before.
 
     Machines round differently, and over 900 steps that makes other runs: 12 to 15 were measured.
     """

@@ -46,7 +46,7 @@ Runs = Callable[[str], Run]
 
 
 def train(folder: Path, level: str, steps: int, *arguments: str) -> Run:
-    """A run without pictures, one of `MANY` steps compiled; the trainer and what it said."""
+    """A run without images, one of `MANY` steps compiled; the trainer and what it said."""
     said: list[str] = []
     words = ["--config", TINY, "--plugins=none", *(f"{NETWORK}.{word}" for word in SMALLEST)]
     words += [f"--save_path={folder}", f"--total_step={steps}", f"--ms_amp_level={level}"]
@@ -203,9 +203,7 @@ def test_the_start_says_the_precision(
 
 
 @pytest.mark.parametrize(("level", "dtype"), [("O0", ms.float32), ("O2", ms.float16)])
-def test_pictures_are_drawn_in_the_precision_of_the_run(
-    eager: Runs, level: str, dtype: Any
-) -> None:
+def test_images_are_drawn_in_the_precision_of_the_run(eager: Runs, level: str, dtype: Any) -> None:
     made, _ = eager(level)
     sampler, _ = restore_sampler(made.save_path / "checkpoints" / "latest")
     network = sampler.model.network

@@ -44,8 +44,8 @@ class Fake:
 
     @hookimpl
     def on_step_end(self, trainer, result):
-        self.seen += len(result.losses)
-        self.mean[result.step % 3] = result.losses.mean(dtype=np.float64)
+        self.seen += len(result.per_sample_loss)
+        self.mean[result.step % 3] = result.per_sample_loss.mean(dtype=np.float64)
         trainer.log("mean_loss", self.mean.mean())
         if os.environ.get("RANK_ID") == "1" and result.step == SIGNALLED:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_a_failed_worker_ends_the_run_and_says_why(
 
 def test_one_worker_needs_no_other() -> None:
     alone = Workers()
-    assert (alone.rank, alone.count, alone.is_main) == (0, 1, True)
+    assert (alone.rank, alone.count, alone.is_main_process) == (0, 1, True)
     assert alone.any(True)
     assert not alone.any(False)
     assert alone.texts("runs/a") == ["runs/a"]

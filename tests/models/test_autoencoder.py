@@ -158,7 +158,7 @@ def test_golden_pixels(case, name):
     close(made.first_stage.decode(latents), made.arrays["decoded"])
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(case):
+def test_a_image_does_not_depend_on_its_neighbours(case):
     """Bit for bit the same alone and in a batch, there and back."""
     made = case("a")
     pixels, noise, z = (made.arrays[key] for key in ("pixels", "noise", "z"))

@@ -196,10 +196,10 @@ def test_loss_norm_and_updates_do_not_depend_on_the_scale(scale, share):
     plain, scaled = make_step(None, "O0", limit), make_step(scale, "O0", limit)
     for seed in range(3):
         expected, actual = (run(s.construct, make_inputs(seed)) for s in (plain, scaled))
-        assert expected.applied
-        assert actual.applied
+        assert not expected.skipped
+        assert not actual.skipped
         assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
-        np.testing.assert_allclose(actual.losses, expected.losses, rtol=1e-6)
+        np.testing.assert_allclose(actual.per_sample_loss, expected.per_sample_loss, rtol=1e-6)
         assert actual.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-6)
         assert actual.learning_rate == expected.learning_rate
         assert (expected.loss_scale, actual.loss_scale) == (1.0, scale)
@@ -234,7 +234,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(level, limit):
         parameter.set_data(Tensor(own.asnumpy().copy()))
     before = everything(step)
     result = run(step.construct, make_inputs(2))
-    assert result.applied is False
+    assert result.skipped is not False
     assert not np.isfinite(result.gradient_norm)
     assert result.loss == run(plain.construct, make_inputs(2)).loss
     assert result.loss_scale == pytest.approx(1e38)
@@ -247,7 +247,7 @@ def test_halving_ends_where_gradients_are_finite_again(level, exponent):
     """The update applied then is the one without a scale."""
     step, plain = make_step(2.0**exponent, level), make_step(None)
     skipped = 0
-    while not (result := run(step.construct, make_inputs())).applied:
+    while (result := run(step.construct, make_inputs())).skipped:
         assert result.loss_scale == 2.0 ** (exponent - skipped)
         skipped += 1
         assert skipped < exponent
@@ -262,11 +262,11 @@ def test_halving_ends_where_gradients_are_finite_again(level, exponent):
 def test_the_scale_is_never_below_1(scale, after):
     step = make_step(scale)
     before = everything(step)
-    assert not run(step.construct, make_inputs(spoiled=True)).applied
+    assert run(step.construct, make_inputs(spoiled=True)).skipped
     assert scale_and_age(step) == (after, 0)
     assert_same_bits(everything(step), before)
     result = run(step.construct, make_inputs())
-    assert (result.applied, result.loss_scale, step.applied.asnumpy()) == (True, after, 1)
+    assert (not result.skipped, result.loss_scale, step.applied.asnumpy()) == (True, after, 1)
 
 
 # ---- growth
@@ -309,8 +309,8 @@ def test_compiled_equals_eager(monkeypatch):
         inputs = make_inputs(k, spoiled=k == 3)
         actual, expected = run(graph, inputs), run(eager, inputs)
         assert actual.loss_scale == expected.loss_scale == used
-        assert actual.applied == expected.applied == (k != 3)
-        if actual.applied:
+        assert actual.skipped == expected.skipped == (k == 3)
+        if not actual.skipped:
             assert actual.loss == pytest.approx(expected.loss, rel=2e-3)
             assert actual.gradient_norm == pytest.approx(expected.gradient_norm, rel=2e-3)
         assert scale_and_age(steps[0]) == scale_and_age(steps[1])
@@ -347,7 +347,7 @@ def test_state_round_trip():
 def guarded(is_scaled: bool) -> tuple[Callable[[bool], None], dict[str, float]]:
     """A guard as a function of whether a step was applied, and what it logs.
 
-    The second of two pictures has a loss that is not finite.
+    The second of two images has a loss that is not finite.
     """
     guard, logged = FiniteGuard(is_scaled), {}
     noise: Any = SimpleNamespace(sigma=np.array([0.5, 2.0]))
@@ -361,7 +361,7 @@ def guarded(is_scaled: bool) -> tuple[Callable[[bool], None], dict[str, float]]:
     return see, logged
 
 
-NOT_FINITE = r"^step 7: loss or gradients are not finite \(sigma 0\.5 to 2, pictures b\.png\)"
+NOT_FINITE = r"^step 7: loss or gradients are not finite \(sigma 0\.5 to 2, images b\.png\)"
 
 
 def test_without_a_scale_the_first_skipped_step_ends_the_run():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from sdxl_host.diffusion.conditioning import Encoders, encode_plain
+from sdxl_host.diffusion.conditioning import TextEncoders, encode_truncated
 from sdxl_host.models.conditioner import FrozenEncoder
 from sdxl_host.models.text_encoders import (
     BEGIN_OF_TEXT,
@@ -128,7 +128,7 @@ def test_golden_tokens(golden):
     arrays = golden_arrays(golden, "tokenizer")
     recorder = Recorder(pad=END_OF_TEXT)
     texts = [str(text) for text in arrays["texts"]]
-    encode_plain(texts, Encoders([recorder]))
+    encode_truncated(texts, TextEncoders([recorder]))
     for text, actual, expected in zip(texts, recorder.ids, arrays["ids"], strict=True):
         assert actual.tolist() == expected.tolist(), text
 
@@ -147,7 +147,7 @@ def test_tokens_are_not_cut():
 def test_plain_layout(count, kept):
     """begin, 75 tokens at the most, end, then the encoder's own padding."""
     recorder = Recorder(pad=0)
-    encode_plain(["cat " * count], Encoders([recorder]))
+    encode_truncated(["cat " * count], TextEncoders([recorder]))
     expected = [BEGIN_OF_TEXT, *[2368] * kept, END_OF_TEXT]
     assert recorder.ids[0].tolist() == expected + [0] * (77 - len(expected))
 

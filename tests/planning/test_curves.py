@@ -14,8 +14,8 @@ import pytest
 
 import sdxl_host
 from sdxl_host.config.load import RunConfig, load
-from sdxl_host.diffusion.distributions import DiscreteDistribution, Distribution
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.distributions import DiscreteDistribution, NoiseDistribution
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import PluginError
 from sdxl_host.planning.curves import (
     Curve,
@@ -34,7 +34,7 @@ V = [f"{_DENOISER}.{part}_config.target=sdxl_host.V{part.title()}" for part in
      ("scaling", "weighting")]  # fmt: skip
 SDXL_PRESET = ["--edm_p_mean", "0.4833", "--edm_p_std", "1.1943", "--edm_sigma_data", "1.0"]
 LATER = ["--timestep_bias_strategy", "later", "--timestep_bias_multiplier", "2"]
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 def read(*words: str) -> RunConfig:
@@ -47,7 +47,7 @@ def both(*words: str) -> tuple[Curve, Curve]:
     return curves(make_hooks(config.plugins), config.tree)
 
 
-def active(*words: str) -> Distribution:
+def active(*words: str) -> NoiseDistribution:
     config = read(*words)
     hooks = make_hooks(config.plugins)
     return hooks.sample_timesteps(hooks.build_model(config.tree), 1)
@@ -121,7 +121,7 @@ def test_under_edm_the_same_bias_gives_the_last_quarter_2_93_percent() -> None:
     assert after.p[750:].sum() == pytest.approx(0.0293, abs=5e-5)
 
 
-class _Falling(Distribution):
+class _Falling(NoiseDistribution):
     """Its cdf is none."""
 
     def __init__(self, values: Any) -> None:
@@ -308,8 +308,8 @@ def test_a_model_that_only_a_plugin_can_build_has_curves(site) -> None:
 def test_a_plugins_wrong_cdf_is_told_with_its_name(site) -> None:
     site.add(
         "wrong",
-        source="from sdxl_host import Distribution, hookimpl\nimport numpy as np\n"
-        "class Odd(Distribution):\n"
+        source="from sdxl_host import NoiseDistribution, hookimpl\nimport numpy as np\n"
+        "class Odd(NoiseDistribution):\n"
         "    def __init__(self, schedule): self.schedule = schedule\n"
         "    def quantile(self, u): return np.ones_like(u)\n"
         "    def cdf(self, sigma): return -sigma\n"
@@ -356,7 +356,7 @@ def test_the_table_has_a_row_for_each_tenth_and_bars_in_proportion() -> None:
 
 def test_small_schedules_have_curves_too() -> None:
     """Fewer timesteps than rows."""
-    few = Schedule(np.array([0.1, 1.0, 10.0]))
+    few = NoiseSchedule(np.array([0.1, 1.0, 10.0]))
     uniform = DiscreteDistribution(few)
     one = Curve(few.sigmas, probabilities(uniform), np.ones(3))
     assert np.allclose(one.p, 1 / 3)

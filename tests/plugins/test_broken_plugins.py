@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_host import DiscreteDistribution, Distribution, PromptEmbedding, encode_plain
+from sdxl_host import DiscreteDistribution, NoiseDistribution, PromptEmbedding, encode_truncated
 from sdxl_host import hookimpl, option
 """
 WORKING = "@hookimpl\ndef weight_loss(self, noise): return np.minimum(noise.snr, 5.0)\n"
@@ -56,7 +56,7 @@ def options(*lines: str, before: str = "") -> str:
 def distribution(quantile: str, cdf: str) -> str:
     """A plugin whose noise levels have this quantile of u and this cdf of sigma."""
     before = f"""
-        class Levels(Distribution):
+        class Levels(NoiseDistribution):
             def __init__(self, schedule): self.schedule = schedule
             def quantile(self, u): return {quantile}
             def cdf(self, sigma): return {cdf}
@@ -76,7 +76,7 @@ def embedding(change: str) -> str:
     body = f"""
         @hookimpl
         def encode_prompt(self, prompts, encoders):
-            plain = encode_plain(prompts, encoders)
+            plain = encode_truncated(prompts, encoders)
             {change}
     """
     return written(body)
@@ -271,7 +271,7 @@ KINDS = {
     "sample_timesteps_raises": raising("sample_timesteps", "sample_timesteps"),
     "sample_timesteps_gives_numbers": Broken(
         "sample_timesteps",
-        "not a Distribution",
+        "not a NoiseDistribution",
         written("@hookimpl\ndef sample_timesteps(self, model): return model.schedule.sigmas"),
     ),
     "new_distribution_each_step": Broken(

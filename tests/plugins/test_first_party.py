@@ -97,10 +97,10 @@ def test_all_four_go_together() -> None:
     """edm's draws are biased, and snr's weight is corrected for it."""
     import numpy as np
 
-    from sdxl_host import Noise, Schedule
+    from sdxl_host import NoiseLevels, NoiseSchedule
     from sdxl_host.plugins.hooks import Hooks, Plugin
 
-    schedule = Schedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear()
     values = {
         "timestep_bias": {"strategy": "later", "multiplier": 2.0, "importance_correction": True}
     }
@@ -120,7 +120,7 @@ def test_all_four_go_together() -> None:
     assert hooks.sample_timesteps(model=model, step=2) is distribution
     assert 1 - distribution.cdf(schedule.edges[750]) == pytest.approx(0.0293, abs=5e-5)
 
-    noise = Noise.at(np.array([0.1, 1.0, 20.0]), schedule, distribution)
+    noise = NoiseLevels.at(np.array([0.1, 1.0, 20.0]), schedule, distribution)
     weights = hooks.weight_loss(model=model, noise=noise, step=1)
     total = distribution.expect(lambda s: 1 / np.where(s >= schedule.edges[750], 2.0, 1.0))
     ratio = np.array([1.0, 1.0, 2.0]) * total  # E_q[1 / w] = 1 / Z

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from sdxl_host.diffusion.conditioning import Encoders, PromptEmbedding
+from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders
 from sdxl_host.diffusion.distributions import DiscreteDistribution
-from sdxl_host.diffusion.model import DiffusionModel, Lazy, Sampling
-from sdxl_host.diffusion.objective import Noise
+from sdxl_host.diffusion.model import DiffusionModel, Lazy, SamplingDefaults
+from sdxl_host.diffusion.objective import NoiseLevels
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.hookspecs import HOOKS, hookimpl
 from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
 from sdxl_host.plugins.roles import Implementation, implementations
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
-NOISE = Noise.at(np.array([0.5, 1.0, 2.0]), SCHEDULE, UNIFORM)
+NOISE = NoiseLevels.at(np.array([0.5, 1.0, 2.0]), SCHEDULE, UNIFORM)
 ANSWERED = ("build_model", "sample_timesteps", "weight_loss", "encode_prompt")
 
 
@@ -40,12 +40,12 @@ PARTS = {
 MODEL = DiffusionModel(
     preconditioning=EpsPreconditioning(SCHEDULE),
     schedule=SCHEDULE,
-    sampling=Sampling("trailing", 0.03, 14.6),
+    sampling=SamplingDefaults("trailing", 0.03, 14.6),
     distribution=UNIFORM,
     offset_noise_level=0.0,
     **PARTS,
 )
-ENCODERS = Encoders(
+ENCODERS = TextEncoders(
     [SimpleNamespace(width=4, pooled_width=0), SimpleNamespace(width=6, pooled_width=5)]
 )
 PROMPTS = ["a cat", "a dog"]
@@ -580,9 +580,9 @@ WRONG = {
         "preconditioning": (MODEL.with_preconditioning("eps"), "Preconditioning"),  # type: ignore
     },
     "sample_timesteps": {
-        "none": (None, "None, not a Distribution"),
-        "type": (np.ones(3), "a ndarray, not a Distribution"),
-        "class": (DiscreteDistribution, "not a Distribution"),
+        "none": (None, "None, not a NoiseDistribution"),
+        "type": (np.ones(3), "a ndarray, not a NoiseDistribution"),
+        "class": (DiscreteDistribution, "not a NoiseDistribution"),
     },
     "weight_loss": {
         "none": (None, "None, not a ndarray"),
@@ -920,9 +920,11 @@ def test_a_model_is_copied_with_its_unbuilt_parts():
     def change(network):
         return None
 
-    copy = MODEL.with_preconditioning(VPreconditioning(SCHEDULE), Sampling("karras", 0.002, 80.0))
+    copy = MODEL.with_preconditioning(
+        VPreconditioning(SCHEDULE), SamplingDefaults("karras", 0.002, 80.0)
+    )
     assert copy.preconditioning.name == "v"
-    assert copy.sampling == Sampling("karras", 0.002, 80.0)
+    assert copy.sampling == SamplingDefaults("karras", 0.002, 80.0)
     assert copy.network_part is MODEL.network_part
     assert MODEL.preconditioning.name == "eps"
     assert copy.with_preconditioning(MODEL.preconditioning).sampling == copy.sampling

@@ -15,21 +15,21 @@ from sdxl_edm import EDM
 from sdxl_snr import MinSNR
 from sdxl_timestep_bias import TimestepBias
 
-from sdxl_host.diffusion.distributions import DiscreteDistribution, Distribution
-from sdxl_host.diffusion.model import DiffusionModel, Lazy, Sampling
-from sdxl_host.diffusion.objective import Noise, coefficients
+from sdxl_host.diffusion.distributions import DiscreteDistribution, NoiseDistribution
+from sdxl_host.diffusion.model import DiffusionModel, Lazy, SamplingDefaults
+from sdxl_host.diffusion.objective import NoiseLevels, coefficients
 from sdxl_host.diffusion.preconditioning import (
     EpsPreconditioning,
     Preconditioning,
     VPreconditioning,
 )
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.hookspecs import hookimpl
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 CLASSES: dict[str, Any] = {"edm": EDM, "snr": MinSNR, "timestep_bias": TimestepBias}
 PAPER, SDXL = {"sigma_data": 0.5}, {"preset": "sdxl"}
 LATER = {"strategy": "later", "multiplier": 3.0, "portion": 0.4}
@@ -50,7 +50,7 @@ class Given(Defaults):
         self._model = DiffusionModel(
             preconditioning=preconditioning,
             schedule=SCHEDULE,
-            sampling=Sampling("trailing", SCHEDULE.sigmas[0], SCHEDULE.sigmas[-1]),
+            sampling=SamplingDefaults("trailing", SCHEDULE.sigmas[0], SCHEDULE.sigmas[-1]),
             distribution=DiscreteDistribution(SCHEDULE),
             offset_noise_level=0.0,
             **parts,
@@ -72,11 +72,11 @@ class Run:
             plugins.append(Plugin(installed, chosen, CLASSES[name](chosen)))
         self.hooks = Hooks(Given(kind(SCHEDULE)), plugins)  # type: ignore[call-arg]
         self.model: DiffusionModel = self.hooks.build_model(config=None)
-        self.distribution: Distribution = self.hooks.sample_timesteps(self.model, step=1)
+        self.distribution: NoiseDistribution = self.hooks.sample_timesteps(self.model, step=1)
 
     def weights(self, sigma: np.ndarray) -> np.ndarray:
         """lambda on |D - z|^2."""
-        noise = Noise.at(sigma, SCHEDULE, self.distribution)
+        noise = NoiseLevels.at(sigma, SCHEDULE, self.distribution)
         return self.hooks.weight_loss(self.model, noise, step=1)
 
     def own_weights(self, sigma: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Prompts to pictures: guidance, what the network is told, and the grid to look at."""
+"""Prompts to images: guidance, what the network is told, and the grid to look at."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image
 
 from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.diffusion.distributions import DiscreteDistribution
-from sdxl_host.diffusion.model import DiffusionModel, Lazy, Sampling
+from sdxl_host.diffusion.model import DiffusionModel, Lazy, SamplingDefaults
 from sdxl_host.diffusion.objective import denoise
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, Preconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.models.first_stage import IdentityFirstStage
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.grid import save_grid, to_bytes
-from sdxl_host.sampling.pipeline import Conditions, PictureSampler
+from sdxl_host.sampling.pipeline import Conditions, ImageSampler
 from sdxl_host.sampling.samplers import SAMPLERS, noise_levels, sample
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 EPS = EpsPreconditioning(SCHEDULE)
-TRAINED = Sampling("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
+TRAINED = SamplingDefaults("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
 
 
 class EDM(Preconditioning):
@@ -47,7 +47,7 @@ class EDM(Preconditioning):
         return 0.25 * np.log(sigma)
 
 
-# ---- pictures to look at
+# ---- images to look at
 
 
 def test_to_bytes_clips_and_rounds():
@@ -78,16 +78,16 @@ def test_to_bytes_undoes_the_scaling_of_the_data():
     ],
 )
 def test_save_grid_size(tmp_path, count, size, caption, expected):
-    """Four columns, eight from 17 pictures on; small ones enlarged by a whole factor to 128 and
+    """Four columns, eight from 17 images on; small ones enlarged by a whole factor to 128 and
     more; at most three lines of caption."""
     path = tmp_path / "samples" / "step_00000001.png"
     save_grid(path, np.zeros((count, 3, *size), np.float32), [caption] * count)
-    with Image.open(path) as picture:
-        assert picture.size == expected
-        assert picture.mode == "RGB"
+    with Image.open(path) as image:
+        assert image.size == expected
+        assert image.mode == "RGB"
 
 
-def test_save_grid_places_pictures_in_rows(tmp_path):
+def test_save_grid_places_images_in_rows(tmp_path):
     """Five plain colours: four in the first row, the fifth below the first."""
     levels = np.linspace(-1, 0.9, 5, dtype=np.float32)
     pixels = np.broadcast_to(levels[:, None, None, None], (5, 3, 128, 128))
@@ -102,7 +102,7 @@ def test_save_grid_places_pictures_in_rows(tmp_path):
     assert (grid[144:, 144:] == 255).all()
 
 
-# ---- prompts to pictures
+# ---- prompts to images
 
 WIDTH = 5
 SIDE = (4, 6)
@@ -152,7 +152,7 @@ def make_sampler(
     eager: bool = True,
     conditions: Conditions = CONDITIONS,
     **hooks: Any,
-) -> PictureSampler:
+) -> ImageSampler:
     model = DiffusionModel(
         preconditioning=preconditioning,
         schedule=SCHEDULE,
@@ -164,15 +164,15 @@ def make_sampler(
         first_stage_part=Lazy(lambda: IdentityFirstStage(0.5)),
         encoders_part=Lazy(lambda: SimpleNamespace()),
     )
-    return PictureSampler(StubHooks(**hooks), model, conditions, eager)
+    return ImageSampler(StubHooks(**hooks), model, conditions, eager)
 
 
 @pytest.fixture(scope="module")
 def draw(device: str) -> Callable[..., np.ndarray]:
-    """Pictures of a fresh sampler: `draw(prompts, scale=3.0, seed=1, steps=3)`; `options` are
+    """Images of a fresh sampler: `draw(prompts, scale=3.0, seed=1, steps=3)`; `options` are
     keywords of its own `draw`."""
 
-    def pictures(
+    def images(
         prompts: Sequence[str],
         scale: float = 3.0,
         seed: int = 1,
@@ -182,12 +182,12 @@ def draw(device: str) -> Callable[..., np.ndarray]:
     ) -> np.ndarray:
         return make_sampler(**changes).draw(prompts, steps, scale, seed, **options)
 
-    return pictures
+    return images
 
 
-def test_a_picture_is_a_function_of_its_prompt_the_seed_and_its_place(draw):
+def test_a_image_is_a_function_of_its_prompt_the_seed_and_its_place(draw):
     """The same bits with other neighbours and in another batch; others at another place or seed."""
-    prompts = [f"picture {index}" for index in range(10)]
+    prompts = [f"image {index}" for index in range(10)]
     whole = draw(prompts)
     assert whole.shape == (10, 3, *SIDE)
     assert whole.dtype == np.float32
@@ -200,9 +200,9 @@ def test_a_picture_is_a_function_of_its_prompt_the_seed_and_its_place(draw):
 
 
 def test_places_have_noise_of_their_own(draw):
-    """One prompt ten times: ten pictures, across the border between two batches too."""
-    pictures = draw(["a cat"] * 10).reshape(10, -1)
-    assert len(np.unique(pictures, axis=0)) == 10
+    """One prompt ten times: ten images, across the border between two batches too."""
+    images = draw(["a cat"] * 10).reshape(10, -1)
+    assert len(np.unique(images, axis=0)) == 10
 
 
 @pytest.mark.parametrize(("count", "batches", "size"), [(1, 1, 1), (8, 1, 8), (11, 2, 8)])
@@ -259,7 +259,7 @@ def test_the_unconditional_row(device, masked):
 def test_one_step_is_the_denoised_noise(device, preconditioning):
     """c_in * s * n and c_noise enter, D / scale factor comes out; n is of the stream SAMPLING."""
     network = StubNetwork()
-    pictures = make_sampler(network, preconditioning).draw(["a cat"], 1, 1.0, 3)
+    images = make_sampler(network, preconditioning).draw(["a cat"], 1, 1.0, 3)
     sigma = SCHEDULE.sigmas[-1]
     x = sigma * normals(3, Stream.SAMPLING, 0, [0], (3, *SIDE))
     scaled, c_noise, *rest = network.calls[0]
@@ -267,7 +267,7 @@ def test_one_step_is_the_denoised_noise(device, preconditioning):
     np.testing.assert_allclose(c_noise, preconditioning.c_noise(sigma), rtol=1e-6)
     output = network(*(Tensor(array) for array in (scaled, c_noise, *rest))).asnumpy()
     expected = denoise(preconditioning, x, sigma, output) / 0.5
-    np.testing.assert_allclose(pictures, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -275,7 +275,7 @@ def test_every_sampler_draws(device, name):
     """From the noise of step 0 of the stream SAMPLING; step i of a sampler that takes noise draws
     that of step i + 1."""
     network = StubNetwork()
-    pictures = make_sampler(network).draw(["a cat"], 4, 1.0, 3, sampler=name)
+    images = make_sampler(network).draw(["a cat"], 4, 1.0, 3, sampler=name)
     context, vector, mask = (Tensor(array) for array in network.calls[0][2:])
 
     def noise(step: int) -> np.ndarray:
@@ -288,7 +288,7 @@ def test_every_sampler_draws(device, name):
 
     sigmas = noise_levels(TRAINED, SCHEDULE, 4)
     x = sample(name, model, noise(0) * np.float32(sigmas[0]), sigmas, lambda i: noise(i + 1))
-    np.testing.assert_allclose(pictures, x[:1] / 0.5, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(images, x[:1] / 0.5, rtol=1e-5, atol=1e-5)
 
 
 def test_sampler_and_spacing_are_the_models_own_unless_told(draw):
@@ -311,7 +311,7 @@ def test_a_negative_prompt_stands_for_the_unconditional_row(device):
 
 
 def test_the_network_is_told_the_conditions(device):
-    """Sizes height first, crop top first, the target size other than the picture's, the scores."""
+    """Sizes height first, crop top first, the target size other than the image's, the scores."""
     conditions = Conditions(SIDE, (40, 60), (7, 9), (32, 64), 5.5, 1.5)
     network = StubNetwork()
     make_sampler(network, conditions=conditions).draw(["a cat"], 1, 3.0, 0)
@@ -333,7 +333,7 @@ class Shift(nn.Cell):
 
 
 def test_a_compiled_network_sees_later_updates(draw):
-    """What training writes into the parameters after the first picture is in the next one."""
+    """What training writes into the parameters after the first image is in the next one."""
     network, twin = Shift(), Shift()
     sampler = make_sampler(network, eager=False)
     for value in (0.25, -0.5):
@@ -343,8 +343,8 @@ def test_a_compiled_network_sees_later_updates(draw):
         np.testing.assert_allclose(sampler.draw(["a cat"], 3, 1.0, 1), expected, atol=1e-5)
 
 
-def test_a_grid_of_drawn_pictures(draw, tmp_path: Path):
+def test_a_grid_of_drawn_images(draw, tmp_path: Path):
     """What the sampler gives is what the grid takes."""
     save_grid(tmp_path / "grid.png", draw(["a", "b"]), ["a", "b"])
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.width == 2 * (132 + 8) + 8  # 22 times the 6 pixels
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width == 2 * (132 + 8) + 8  # 22 times the 6 pixels

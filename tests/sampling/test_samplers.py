@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from sdxl_host.diffusion.model import Sampling
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.model import SamplingDefaults
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import ConfigError
 from sdxl_host.sampling.samplers import (
     SAMPLERS,
@@ -21,7 +21,7 @@ from sdxl_host.sampling.samplers import (
     sample,
 )
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 # ---- samplers
@@ -166,8 +166,8 @@ def test_an_unknown_sampler_is_refused():
 
 # ---- noise levels
 
-TRAINED = Sampling("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
-EDM_TRAINED = Sampling("karras", 0.002, 80.0)
+TRAINED = SamplingDefaults("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
+EDM_TRAINED = SamplingDefaults("karras", 0.002, 80.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 1000])
@@ -200,7 +200,7 @@ def test_karras_ends_at_sigma_min_before_0():
 
 def test_edm_spacing_is_that_of_the_paper():
     """Table 1's range whatever wider one the model was trained on."""
-    levels = noise_levels(Sampling("karras", 0.001, 100.0), SCHEDULE, 18, "edm")
+    levels = noise_levels(SamplingDefaults("karras", 0.001, 100.0), SCHEDULE, 18, "edm")
     assert np.array_equal(levels, karras_sigmas(0.002, 80.0, 18))
 
 
@@ -210,7 +210,7 @@ def test_edm_spacing_is_that_of_the_paper():
 def test_edm_spacing_outside_of_the_trained_range_is_refused(low, high):
     """The network was never told of such noise levels."""
     with pytest.raises(ConfigError, match=r"^spacing: edm needs .* to 80.*; use karras$"):
-        noise_levels(Sampling("karras", low, high), SCHEDULE, 10, "edm")
+        noise_levels(SamplingDefaults("karras", low, high), SCHEDULE, 10, "edm")
 
 
 def test_an_unknown_spacing_is_refused():

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl_host.diffusion.model import Sampling
+from sdxl_host.diffusion.model import SamplingDefaults
 from sdxl_host.diffusion.objective import denoise
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.sampling.samplers import (
     SAMPLERS,
     edm_sigmas,
@@ -21,7 +21,7 @@ from sdxl_host.sampling.samplers import (
     trailing_sigmas,
 )
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 PRECONDITIONING = {
     "epsilon": EpsPreconditioning(SCHEDULE),
     "v_prediction": VPreconditioning(SCHEDULE),
@@ -115,7 +115,7 @@ def test_trailing_timesteps_are_cut_as_in_the_original(golden: Path):
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
 def test_golden_karras_sigmas(golden: Path, name: str):
     """Between the first and the last noise level of the schedule."""
-    sampling = Sampling("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
+    sampling = SamplingDefaults("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
     with np.load(golden / f"{name}.npz") as file:
         expected = file["epsilon_karras_sigmas"]
     np.testing.assert_allclose(noise_levels(sampling, SCHEDULE, 6, "karras"), expected, rtol=2e-5)

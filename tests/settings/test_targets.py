@@ -14,7 +14,7 @@ import pytest
 
 import sdxl_host
 from sdxl_host.config.model_section import DiffusionEngine
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import ConfigError
 from sdxl_host.settings.targets import _TARGETS, build, idle_params, look_up
 
@@ -391,7 +391,7 @@ def test_the_default_is_eps_over_sdxls_schedule():
     model = engine().model
     assert isinstance(engine(), DiffusionEngine)
     assert model.preconditioning.name == "eps"
-    assert np.array_equal(model.schedule.sigmas, Schedule.scaled_linear().sigmas)
+    assert np.array_equal(model.schedule.sigmas, NoiseSchedule.scaled_linear().sigmas)
     assert model.offset_noise_level == 0.0
     assert model.sampling.sigma_min == model.schedule.sigmas[0]
     assert model.sampling.sigma_max == model.schedule.sigmas[-1]
@@ -421,7 +421,7 @@ def test_scaling_and_weighting_make_the_preconditioning(scaling, weighting):
 def test_a_schedule_of_ones_own():
     other = {"linear_start": 0.001, "linear_end": 0.02}
     model = engine(denoiser_config=denoiser(**other), sigma_sampler_config=sampler(**other)).model
-    expected = Schedule.scaled_linear(0.001, 0.02).sigmas
+    expected = NoiseSchedule.scaled_linear(0.001, 0.02).sigmas
     assert np.array_equal(model.schedule.sigmas, expected)
     assert model.sampling.sigma_max == expected[-1]
 

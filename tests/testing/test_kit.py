@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import sdxl_host
-from sdxl_host import encode_plain
+from sdxl_host import encode_truncated
 from sdxl_host.errors import ConfigError, HostError, PluginError
 from sdxl_host.plugins.discovery import discover, import_class, make_instance
 from sdxl_host.plugins.inspection import check_import, check_metadata, check_options
@@ -36,7 +36,8 @@ HEAD = """
 from dataclasses import dataclass, field, replace
 import numpy as np
 from sdxl_host import (
-    DiscreteDistribution, Distribution, Preconditioning, Sampling, encode_plain, hookimpl, option,
+    DiscreteDistribution, NoiseDistribution, Preconditioning, SamplingDefaults, encode_truncated,
+    hookimpl, option,
 )
 """
 WEIGHT = """
@@ -124,7 +125,7 @@ class Fake:
 
     @hookimpl
     def encode_prompt(self, prompts, encoders):
-        return encode_plain([prompt.upper() for prompt in prompts], encoders)
+        return encode_truncated([prompt.upper() for prompt in prompts], encoders)
 """
 
 LIGHT_CHECKS = (
@@ -311,7 +312,7 @@ class Fake:
         return model
 """
 KIND = """
-from sdxl_host import Schedule
+from sdxl_host import NoiseSchedule
 class Kind(Preconditioning):
     name = "kind"
     def c_skip(self, sigma): return np.ones_like(sigma)
@@ -350,9 +351,12 @@ class Fake:
             KIND.format("def scheduler_config(self): return {'_class_name': np.ones(2)}", ""),
             "scheduler_config raised TypeError",
         ),
-        (KIND.format("", ', Sampling("trailing", 3.0, 1.0)'), "goes from sigma 3.0 to 1.0"),
-        (KIND.format("", ', Sampling("even", 0.1, 1.0)'), "has the spacing 'even'; use one of tr"),
-        (KIND.format("", ', Sampling("edm", 0.1, 1.0, "rk4")'), "has the sampler 'rk4'"),
+        (KIND.format("", ', SamplingDefaults("trailing", 3.0, 1.0)'), "goes from sigma 3.0 to 1.0"),
+        (
+            KIND.format("", ', SamplingDefaults("even", 0.1, 1.0)'),
+            "has the spacing 'even'; use one of tr",
+        ),
+        (KIND.format("", ', SamplingDefaults("edm", 0.1, 1.0, "rk4")'), "has the sampler 'rk4'"),
         (BUILD.format("model.schedule.sigmas[0] /= 2"), "build_model changed"),
         (
             BUILD.format("model.preconditioning.c_noise = lambda s: 0 * s"),
@@ -382,18 +386,18 @@ def test_notes_that_raise(subject):
 
 def test_a_model_of_a_narrow_range(subject):
     """Its noise levels are fewer than the shapes that the preconditioning is asked with."""
-    checks.check_build_model(subject(KIND.format("", ', Sampling("edm", 0.99, 1.01)')))
+    checks.check_build_model(subject(KIND.format("", ', SamplingDefaults("edm", 0.99, 1.01)')))
 
 
 def test_a_range_that_the_host_s_draws_leave(subject):
     """The host draws for a plugin that does not."""
-    oak = subject(KIND.format("", ', Sampling("edm", 0.99, 1.01)'))
+    oak = subject(KIND.format("", ', SamplingDefaults("edm", 0.99, 1.01)'))
     told = fault(checks.check_sample_timesteps, oak)
     assert "95% of the draws (sample_timesteps: host) reach from sigma" in told
 
 
 DRAW = """
-class Drawn(Distribution):
+class Drawn(NoiseDistribution):
     def __init__(self, schedule):
         self.schedule = schedule
     def quantile(self, u): return 0.03 + 14 * u
@@ -430,7 +434,7 @@ def test_a_distribution_that_is_as_it_should_be(subject):
         ("def cdf(self, sigma): return sigma", "cdf leaves 0 to 1"),
         ("def cdf(self, sigma): return np.nan * sigma", "cdf is nan"),
         ("def expect(self, f): return 0.7", "expect gives 0.7"),
-        ("def ratio(self, sigma): return 1.0", "ratio gives the shape ()"),
+        ("def density_ratio(self, sigma): return 1.0", "ratio gives the shape ()"),
         ("def reweighted(self, weights): return DiscreteDistribution(self.schedule)", "reweighted"),
     ],
 )
@@ -479,7 +483,7 @@ class Fake:
     @hookimpl
     def encode_prompt(self, prompts, encoders):
         self.asked += 1
-        plain = encode_plain(prompts, encoders)
+        plain = encode_truncated(prompts, encoders)
         {}
 """
 
@@ -503,8 +507,11 @@ class Fake:
             "gives the prompt 'a cat on a mat' another pooled alone",
         ),
         ("return {}", "a dict, not a PromptEmbedding"),
-        ("return encode_plain([p or p[0] for p in prompts], encoders)", "raised IndexError"),
-        ("return encode_plain([p.encode('ascii').decode() for p in prompts], encoders)", "Unicode"),
+        ("return encode_truncated([p or p[0] for p in prompts], encoders)", "raised IndexError"),
+        (
+            "return encode_truncated([p.encode('ascii').decode() for p in prompts], encoders)",
+            "Unicode",
+        ),
     ],
 )
 def test_embeddings_at_fault(subject, body, told):
@@ -541,7 +548,7 @@ def test_the_tiny_model_has_numbers_and_no_network():
     model = tiny_model()
     assert model.preconditioning.name == "eps"
     assert len(model.schedule) == 1000
-    assert encode_plain(["a"], model.encoders).context.shape == (1, 77, 8)
+    assert encode_truncated(["a"], model.encoders).context.shape == (1, 77, 8)
     for part in ("network", "first_stage", "conditioner"):
         with pytest.raises(HostError, match=rf"has no {part.replace('_', ' ')}; .* use tiny_run"):
             getattr(model, part)
@@ -549,7 +556,7 @@ def test_the_tiny_model_has_numbers_and_no_network():
 
 def test_the_tiny_encoders_tell_prompts_apart():
     """By words, their letters and their order; and a position knows nothing of later ones."""
-    embedding = encode_plain(["cat dog", "dog cat", "cta dog", "cat bird"], tiny_encoders())
+    embedding = encode_truncated(["cat dog", "dog cat", "cta dog", "cat bird"], tiny_encoders())
     for one in range(4):
         for other in range(one):
             assert not np.array_equal(embedding.pooled[one], embedding.pooled[other])
@@ -830,7 +837,7 @@ def test_a_partner_that_is_not_installed(site, subject):
     )
 
 
-def test_a_pair_draws_no_pictures_and_saves_nothing(site, subject, device):
+def test_a_pair_draws_no_images_and_saves_nothing(site, subject, device):
     """There are eight of them to a contract."""
     site.add("elm")
     oak = subject(WEIGHT.format("noise.snr"))
@@ -865,7 +872,7 @@ def test_a_pair_draws_no_pictures_and_saves_nothing(site, subject, device):
             "@hookimpl\n"
             "    def encode_prompt(self, prompts, encoders):\n"
             "        texts = [' '.join(set(prompt.split())) for prompt in prompts]\n"
-            "        return encode_plain(texts, encoders)\n",
+            "        return encode_truncated(texts, encoders)\n",
         ),
     ],
 )

@@ -300,7 +300,7 @@ def test_frozen_weights_whose_hash_is_lost_are_written_anew(
 # ---- numbers that are none
 
 
-def test_a_picture_that_gives_nan_ends_the_run_and_is_named(
+def test_a_image_that_gives_nan_ends_the_run_and_is_named(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its step; the one before it has its checkpoint, with weights that are finite."""
@@ -315,8 +315,8 @@ def test_a_picture_that_gives_nan_ends_the_run_and_is_named(
     monkeypatch.setattr(Text2ImageDataset, "sample", spoilt)
     line = refused(tmp_path / "run", "--gradient_accumulation_steps=2", "--use_ema=True")
     assert line.startswith("step 2: loss or gradients are not finite (sigma ")
-    assert "pictures crab.png); the update was not applied" in line
-    assert line.endswith("look at these pictures")
+    assert "images crab.png); the update was not applied" in line
+    assert line.endswith("look at these images")
     loads(tmp_path / "run", 1)
     for name in ("network", "ema", "optimizer"):
         file = tmp_path / "run" / "checkpoints" / "latest" / f"{name}.safetensors"
@@ -334,11 +334,11 @@ def test_weights_that_hold_nan_end_the_run_at_its_first_step(
     weight = f"--weight={done / 'checkpoints' / 'latest'},{tmp_path / 'bad.safetensors'}"
     line = refused(tmp_path / "run", weight)
     assert line.startswith("step 1: loss or gradients are not finite")
-    assert "pictures anchor.png)" in line
+    assert "images anchor.png)" in line
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_picture_file_of_floats_gives_finite_pixels(done: Path, tmp_path: Path) -> None:
+def test_a_image_file_of_floats_gives_finite_pixels(done: Path, tmp_path: Path) -> None:
     """Whatever a file holds, what is decoded is bytes: no file gives NaN."""
     for index, value in enumerate((np.nan, np.inf, -np.inf, 1e30)):
         levels = np.full((16, 16), value, np.float32)

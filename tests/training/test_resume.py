@@ -33,11 +33,11 @@ from sdxl_host.training.summary import end_lines, plugin_list
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 NETWORK = "model.params.network_config.params"
 EMBEDDERS = "model.params.conditioner_config.params.emb_models"
-PICTURES = "[anchor.png,banana.png,crab.png,gem_stone.png,key.png]"
+IMAGES = "[anchor.png,banana.png,crab.png,gem_stone.png,key.png]"
 ARGUMENTS = [
     *("--config", TINY, "--save_path_with_time=False", "--per_batch_size=1"),
     *(f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.transformer_depth=[1]", "--guidance_scale=1"),
-    *(f"data.dataset_config.params.only={PICTURES}", "--save_ckpt_interval=1"),
+    *(f"data.dataset_config.params.only={IMAGES}", "--save_ckpt_interval=1"),
 ]
 
 Train = Callable[..., tuple[Path, list[str]]]
@@ -109,8 +109,8 @@ def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_goes_on_the_same_from_any_checkpoint_and_in_any_process(
     train: Train, whole: Path, tmp_path: Path, step: int
 ) -> None:
-    """Whatever the generators that others share have drawn, however many threads load pictures,
-    and whatever grids are drawn on the way. Five pictures in twos: updates cross epochs."""
+    """Whatever the generators that others share have drawn, however many threads load images,
+    and whatever grids are drawn on the way. Five images in twos: updates cross epochs."""
     import mindspore as ms
 
     random.seed(step)
@@ -197,7 +197,7 @@ def test_a_batch_is_a_function_of_seed_and_step(device: str, tmp_path: Path) -> 
     for index in range(5):  # wider than high, so that they are cropped by chance
         pixels = np.random.default_rng(index).integers(0, 256, (20, 40, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-        (tmp_path / f"{index}.txt").write_text(f"picture {index}")
+        (tmp_path / f"{index}.txt").write_text(f"image {index}")
     transforms = load(ARGUMENTS).data.dataset_config["params"]["transforms"]
 
     def batches(threads: int, seed: int = 5) -> Any:
@@ -504,7 +504,7 @@ def test_a_run_is_told_to_go_on_only_where_steps_are_left(tmp_path: Path) -> Non
         f"metrics     {tmp_path / 'metrics.jsonl'}",
         f"settings    {tmp_path / 'config.yaml'}",
         "checkpoint  c",
-        "pictures    p",
+        "images      p",
     ]
     assert end_lines(ended, 7.6, Path("c"), Path("p")) == lines
     ended.step = 4

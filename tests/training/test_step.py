@@ -15,7 +15,7 @@ from sdxl_host.diffusion.preconditioning import (
     Preconditioning,
     VPreconditioning,
 )
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.training.lr_schedulers import LambdaWarmUpScheduler, learning_rates
 from sdxl_host.training.optimizer import AdamW, AdamWeightDecay, Optimizer
 from sdxl_host.training.step import StepRunner, TrainStep, decayed
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("device")
 BATCH = 3
 CHANNELS, HEIGHT, WIDTH = 2, 4, 5
 TOKENS, CONTEXT, VECTOR = 4, 3, 2
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 
 Arrays = dict[str, np.ndarray]
 

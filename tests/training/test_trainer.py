@@ -46,12 +46,12 @@ def train(device: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 @pytest.fixture(scope="module")
 def long_captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures whose captions have more than 77 tokens, with the differences at the end."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Four images whose captions have more than 77 tokens, with the differences at the end."""
+    folder = tmp_path_factory.mktemp("images")
     for index, name in enumerate(("red", "green", "blue", "grey")):
         pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text("a small picture of something " * 20 + name)
+        (folder / f"{name}.txt").write_text("a small image of something " * 20 + name)
     return folder
 
 
@@ -83,7 +83,7 @@ def plain(train: Train) -> Path:
     return train("--plugins", "none")
 
 
-def test_a_run_leaves_metrics_settings_a_checkpoint_and_pictures(plain: Path) -> None:
+def test_a_run_leaves_metrics_settings_a_checkpoint_and_images(plain: Path) -> None:
     lines = metrics(plain)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert set(lines[0]) == {
@@ -335,7 +335,7 @@ def test_resuming_another_run_is_refused_with_the_differences(train: Train, plai
 def test_a_run_that_was_killed_after_its_last_step_is_finished(
     train: Train, tmp_path: Path
 ) -> None:
-    """Older checkpoints are removed and pictures drawn after the last one is saved."""
+    """Older checkpoints are removed and images drawn after the last one is saved."""
     arguments = ["--save_path", str(tmp_path), "--save_path_with_time=False"]
     arguments += ["--save_ckpt_interval=1", "--log_interval=2"]
     run = train(*arguments)
@@ -399,7 +399,7 @@ def test_weights_of_another_model_are_refused_by_name(train: Train, plain: Path)
 # ---- what goes wrong
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_pictures(
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_images(
     train: Train, counting: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdxl_host.plugins.defaults import Defaults
@@ -431,9 +431,14 @@ def test_a_plugin_that_stops_the_run_gets_a_checkpoint_of_that_step(
     class Stopping:
         @hookimpl
         def on_step_end(self, trainer, result):  # type: ignore[no-untyped-def]
-            assert result.losses.shape == result.weights.shape == result.noise.sigma.shape == (2,)
-            assert len(result.samples) == 2
-            assert result.applied
+            assert (
+                result.per_sample_loss.shape
+                == result.loss_weight.shape
+                == result.noise.sigma.shape
+                == (2,)
+            )
+            assert len(result.sample_ids) == 2
+            assert not result.skipped
             assert result.learning_rate > 0
             if result.step == 2:
                 trainer.stop("seen enough")

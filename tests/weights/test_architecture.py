@@ -699,7 +699,7 @@ def test_the_index_lists_what_the_pipeline_loads() -> None:
     assert index["image_encoder"] == index["feature_extractor"] == [None, None]
 
 
-def test_the_refiners_index_is_of_pictures_and_their_scores() -> None:
+def test_the_refiners_index_is_of_images_and_their_scores() -> None:
     written = diffusers_configs(SDXL_REFINER, "epsilon")
     index = written["model_index"]
     assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"

@@ -154,7 +154,7 @@ def test_what_is_no_trained_weight_is_made_up(single, small_model):
     assert_equal(source, {**small_model.arrays, LOGIT_SCALE: scale})
     assert sorted(source.notes) == [
         f"{POSITIONS} made up: 0 to 76, as it always is",
-        f"{LOGIT_SCALE} made up: log(1/0.07); it has no effect on pictures",
+        f"{LOGIT_SCALE} made up: log(1/0.07); it has no effect on images",
     ]
 
 
@@ -514,7 +514,7 @@ def test_a_diffusers_folder_is_read(small_model, tmp_path, dtype):
     assert source.metadata == {"sdxl_host.scale_factor": "0.13025", "sdxl_host.objective": "eps"}
     assert sorted(source.notes) == [
         f"{POSITIONS} made up: 0 to 76, as it always is",
-        f"{LOGIT_SCALE} made up: log(1/0.07); it has no effect on pictures",
+        f"{LOGIT_SCALE} made up: log(1/0.07); it has no effect on images",
     ]
 
 

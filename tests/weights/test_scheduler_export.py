@@ -15,9 +15,9 @@ from sdxl_host.diffusion.preconditioning import (
     Preconditioning,
     VPreconditioning,
 )
-from sdxl_host.diffusion.schedule import Schedule
+from sdxl_host.diffusion.schedule import NoiseSchedule
 
-SDXL = Schedule.scaled_linear()
+SDXL = NoiseSchedule.scaled_linear()
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_eps_and_v_name_sdxls_scheduler(cls: type[Preconditioning], prediction_t
 
 def test_another_schedule_is_told_by_its_betas() -> None:
     """From them the noise levels come back: sigma^2 = (1 - abar) / abar, abar = prod(1 - beta)."""
-    schedule = Schedule.scaled_linear(0.001, 0.02, 500)
+    schedule = NoiseSchedule.scaled_linear(0.001, 0.02, 500)
     said = EpsPreconditioning(schedule).scheduler_config()
     betas = np.asarray(said["trained_betas"])
     assert said["num_train_timesteps"] == len(betas) == 500

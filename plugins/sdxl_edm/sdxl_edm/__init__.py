@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from sdxl_host import (
     DiffusionModel,
-    Distribution,
+    NoiseDistribution,
+    NoiseSchedule,
     PluginError,
     Preconditioning,
-    Sampling,
-    Schedule,
+    SamplingDefaults,
     hookimpl,
     option,
 )
@@ -30,7 +30,7 @@ __all__ = ["EDM", "EDMPreconditioning", "LogNormal", "Options"]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # Table 1, "Time steps"
-PAPER = {"sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}  # Table 1; small pictures in pixel space
+PAPER = {"sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2}  # Table 1; small images in pixel space
 # The unit variance of SDXL's latents, and the mean and deviation of ln sigma over its timesteps.
 SDXL = {"sigma_data": 1.0, "p_mean": 0.4833, "p_std": 1.1943}
 
@@ -116,7 +116,7 @@ class EDMPreconditioning(Preconditioning):
         }
 
 
-class LogNormal(Distribution):
+class LogNormal(NoiseDistribution):
     """ln sigma ~ N(mean, std^2): Table 1, "Noise distribution". Restricted to [low, high].
 
     Raises PluginError when next to nothing of it lies there.
@@ -125,7 +125,12 @@ class LogNormal(Distribution):
     _below, _within = 0.0, 1.0  # probability under low, and from low to high
 
     def __init__(
-        self, schedule: Schedule, mean: float, std: float, low: float = 0.0, high: float = np.inf
+        self,
+        schedule: NoiseSchedule,
+        mean: float,
+        std: float,
+        low: float = 0.0,
+        high: float = np.inf,
     ) -> None:
         self.schedule, self.mean, self.std, self.low, self.high = schedule, mean, std, low, high
         below, upto = self.cdf(np.array([low, high]))
@@ -172,7 +177,7 @@ class EDM:
         model = yield
         edm = EDMPreconditioning(self.constants["sigma_data"])
         if self.options.parametrization == "edm":
-            sampling = Sampling("karras", SIGMA_MIN, SIGMA_MAX, sampler="heun")
+            sampling = SamplingDefaults("karras", SIGMA_MIN, SIGMA_MAX, sampler="heun")
             return model.with_preconditioning(edm, sampling)
         if self.options.weighting == "own":
             return model
@@ -181,7 +186,7 @@ class EDM:
         return model.with_preconditioning(native)
 
     @hookimpl
-    def sample_timesteps(self, model: DiffusionModel) -> Distribution:
+    def sample_timesteps(self, model: DiffusionModel) -> NoiseDistribution:
         """The log-normal distribution; one object, because tables are kept by identity.
 
         native: only from the schedule's lowest sigma to its highest, as t(sigma) tells apart.
@@ -193,7 +198,7 @@ class EDM:
             self._distribution = LogNormal(model.schedule, mean, std, low, high)
         return self._distribution
 
-    def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
+    def notes(self, model: DiffusionModel, distribution: NoiseDistribution) -> list[str]:
         """What c_noise or the weighting mean for the training, and options without effect."""
         chosen, kind = self.options, model.preconditioning
         idle = f"has no effect with parametrization {chosen.parametrization}"

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from sdxl_host import DiffusionModel, DiscreteDistribution, Sampling, Schedule, hookimpl
+from sdxl_host import (
+    DiffusionModel,
+    DiscreteDistribution,
+    NoiseSchedule,
+    SamplingDefaults,
+    hookimpl,
+)
 from sdxl_host.diffusion.model import Lazy
 from sdxl_host.diffusion.objective import coefficients
 from sdxl_host.diffusion.preconditioning import (
@@ -26,7 +32,7 @@ from sdxl_host.settings.options import build_options
 from sdxl_edm import EDM, EDMPreconditioning, LogNormal, Options
 from sdxl_edm.targets import options as options_of
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 SIGMA = np.logspace(-4, 4, 161)  # SNR from 1e8 to 1e-8
 
 
@@ -37,7 +43,7 @@ def plain_model(preconditioning: Preconditioning | None = None) -> DiffusionMode
     return DiffusionModel(
         preconditioning=preconditioning or EpsPreconditioning(SCHEDULE),
         schedule=SCHEDULE,
-        sampling=Sampling("trailing", SCHEDULE.sigmas[0], SCHEDULE.sigmas[-1]),
+        sampling=SamplingDefaults("trailing", SCHEDULE.sigmas[0], SCHEDULE.sigmas[-1]),
         distribution=DiscreteDistribution(SCHEDULE),
         offset_noise_level=0.0,
         **{part.name: Lazy(never) for part in fields(DiffusionModel) if "_part" in part.name},
@@ -312,7 +318,9 @@ def test_min_snr_with_gamma_5_shrinks_the_loss_by_a_known_factor(
 def test_it_replaces_preconditioning_and_sampling_and_nothing_else() -> None:
     model = run().build_model(config=None)
     assert model.preconditioning.name == "edm"
-    assert model.sampling == Sampling("karras", sigma_min=0.002, sigma_max=80.0, sampler="heun")
+    assert model.sampling == SamplingDefaults(
+        "karras", sigma_min=0.002, sigma_max=80.0, sampler="heun"
+    )
     assert model.schedule is SCHEDULE
     assert model.changes == ()
 
@@ -325,7 +333,7 @@ def test_it_claims_the_noise_levels_and_hands_out_one_object() -> None:
     assert first.schedule is model.schedule
     assert hooks.sample_timesteps(model=model, step=2) is first
     assert hooks.chain("sample_timesteps") == "edm"
-    other: Any = SimpleNamespace(schedule=Schedule.scaled_linear(num_timesteps=10))
+    other: Any = SimpleNamespace(schedule=NoiseSchedule.scaled_linear(num_timesteps=10))
     assert hooks.sample_timesteps(model=other, step=3).schedule is other.schedule
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-from sdxl_host import DiffusionModel, Encoders, PromptEmbedding, hookimpl, option
+from sdxl_host import DiffusionModel, PromptEmbedding, TextEncoders, hookimpl, option
 
 from sdxl_lpw.chunks import cut, kept_positions
 from sdxl_lpw.weights import Run, parse_weights
@@ -63,7 +63,7 @@ class LongPrompts:
         self._step, self._run = np.zeros(2, np.int64), np.zeros(2, np.int64)
 
     @hookimpl
-    def encode_prompt(self, prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding:
+    def encode_prompt(self, prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbedding:
         """context (B, L, C) with L = 77 n for a1111 and 75 n + 2 for kohya, n the most chunks.
 
         mask: (B, L) for a1111, True on every position of the chunks a prompt fills; else None.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import Encoders, PromptEmbedding, encode_plain, hookimpl
+from sdxl_host import PromptEmbedding, TextEncoders, encode_truncated, hookimpl
 from sdxl_host.errors import ConfigError
 from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
@@ -44,17 +44,17 @@ class FakeEncoder:
         return hidden.astype(np.float32), at_end[:, : self.pooled_width].astype(np.float32)
 
 
-def two_encoders(length: int = 77) -> Encoders:
+def two_encoders(length: int = 77) -> TextEncoders:
     """Like SDXL's: the first pads with the end token and has no pooled output."""
-    return Encoders([FakeEncoder(1001, 3, 0, length), FakeEncoder(0, 5, 4, length)])
+    return TextEncoders([FakeEncoder(1001, 3, 0, length), FakeEncoder(0, 5, 4, length)])
 
 
 class Defaults:
     """Stands in for the host's own answer."""
 
     @hookimpl
-    def encode_prompt(self, prompts: list[str], encoders: Encoders) -> PromptEmbedding:
-        return encode_plain(prompts, encoders)
+    def encode_prompt(self, prompts: list[str], encoders: TextEncoders) -> PromptEmbedding:
+        return encode_truncated(prompts, encoders)
 
 
 def run(options: Options | None = None) -> Hooks:
@@ -64,8 +64,8 @@ def run(options: Options | None = None) -> Hooks:
 
 
 def encode(
-    prompts: list[str], encoders: Encoders | None = None, **options: Any
-) -> tuple[PromptEmbedding, Encoders]:
+    prompts: list[str], encoders: TextEncoders | None = None, **options: Any
+) -> tuple[PromptEmbedding, TextEncoders]:
     encoders = encoders or two_encoders()
     return run(Options(**options)).encode_prompt(prompts, encoders), encoders
 
@@ -82,7 +82,7 @@ FITTING = ["", "t1", "a cat (on a mat:1.3) [sic] BREAK \\(x\\)", words(74), word
 def test_a_prompt_that_fits_77_tokens_keeps_its_ids_and_its_embedding() -> None:
     ours, long = encode(FITTING)
     plain_encoders = two_encoders()
-    plain = encode_plain(FITTING, plain_encoders)
+    plain = encode_truncated(FITTING, plain_encoders)
     for encoder, reference in zip(long, plain_encoders, strict=True):
         first_chunks = encoder.calls[0].reshape(len(FITTING), 3, 77)[:, 0]
         assert np.array_equal(first_chunks, reference.calls[0])
@@ -183,7 +183,7 @@ def test_how_many_chunks_a_prompt_fills(tokens: int, used: int) -> None:
 
 def test_a_long_prompt_s_chunks_are_encoded_as_prompts_of_their_own() -> None:
     ours, _ = encode([words(100)])
-    plain = encode_plain([words(75), words(25, first=76)], two_encoders())
+    plain = encode_truncated([words(75), words(25, first=76)], two_encoders())
     assert np.array_equal(ours.context[0, :154], plain.context.reshape(154, 8))
     assert np.array_equal(ours.pooled[0], plain.pooled[0])
 
@@ -208,7 +208,7 @@ def test_kohya_drops_inner_specials_and_attends_everything() -> None:
     assert ours.mask is None
     assert ours.context.shape == (1, 227, 8)
     pieces = [words(75), words(25, first=76), ""]
-    chunk = encode_plain(pieces, two_encoders()).context
+    chunk = encode_truncated(pieces, two_encoders()).context
     assert np.array_equal(ours.context[0, 0], chunk[0, 0])
     for index in range(3):
         inner = slice(1 + 75 * index, 76 + 75 * index)
@@ -218,7 +218,7 @@ def test_kohya_drops_inner_specials_and_attends_everything() -> None:
 
 def test_kohya_with_one_chunk_is_the_host_s_encoding() -> None:
     ours, _ = encode(FITTING, convention="kohya", max_embeddings_multiples=1)
-    assert np.array_equal(ours.context, encode_plain(FITTING, two_encoders()).context)
+    assert np.array_equal(ours.context, encode_truncated(FITTING, two_encoders()).context)
 
 
 # ---- the syntax of prompt weights
@@ -337,7 +337,7 @@ def test_a1111_multiplies_and_then_restores_each_encoder_s_mean() -> None:
 def test_the_pooled_vector_is_never_weighted() -> None:
     for convention in ("a1111", "kohya"):
         ours, _ = encode(["t1 (t2:1.5)"], convention=convention, prompt_weights=True)
-        assert np.array_equal(ours.pooled, encode_plain(["t1 t2"], two_encoders()).pooled)
+        assert np.array_equal(ours.pooled, encode_truncated(["t1 t2"], two_encoders()).pooled)
 
 
 def test_a_mean_of_zero_is_left_alone() -> None:
@@ -480,7 +480,7 @@ def test_notes_tell_options_that_do_nothing() -> None:
         ]
         prompts = [*FITTING, words(100)]
         ours, _ = encode(prompts, max_embeddings_multiples=1, convention=convention)
-        plain = encode_plain(prompts, two_encoders())
+        plain = encode_truncated(prompts, two_encoders())
         assert np.array_equal(ours.context, plain.context)
         assert ours.attended().all()
     assert run().notes(None) == []

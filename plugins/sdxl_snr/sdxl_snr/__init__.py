@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sdxl_host import DiffusionModel, Distribution, Noise, hookimpl, option
+from sdxl_host import DiffusionModel, NoiseDistribution, NoiseLevels, hookimpl, option
 
 __all__ = ["MinSNR", "Options"]
 
@@ -40,17 +40,17 @@ class MinSNR:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._distribution_and_mean: tuple[Distribution, float] | None = None
+        self._distribution_and_mean: tuple[NoiseDistribution, float] | None = None
 
     @hookimpl
-    def weight_loss(self, model: DiffusionModel, noise: Noise) -> np.ndarray:
+    def weight_loss(self, model: DiffusionModel, noise: NoiseLevels) -> np.ndarray:
         """lambda on |D - z|^2, float64 (G,): the signal-to-noise ratio, at most gamma."""
         weights = np.minimum(noise.snr, self.options.gamma)
         if self.options.normalize == "none":
             return weights
         return weights / self._mean(model, noise.distribution)
 
-    def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
+    def notes(self, model: DiffusionModel, distribution: NoiseDistribution) -> list[str]:
         """How much smaller the loss becomes, because gradients shrink with it."""
         mean = self._mean(model, distribution)
         told = (
@@ -61,7 +61,7 @@ class MinSNR:
             told += ", and normalize mean1 divides by that"
         return [told]
 
-    def _mean(self, model: DiffusionModel, distribution: Distribution) -> float:
+    def _mean(self, model: DiffusionModel, distribution: NoiseDistribution) -> float:
         """Mean factor on the network's own squared error over the draws from `distribution`."""
         # Kept for as long as the distribution is the same object, as the host keeps its tables.
         if (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, Distribution, Noise, Schedule, hookimpl
+from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels, NoiseSchedule, hookimpl
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
 from sdxl_host.errors import ConfigError
 from sdxl_host.plugins.discovery import Installed
@@ -16,10 +16,10 @@ from sdxl_host.settings.options import build_options
 
 from sdxl_snr import MinSNR, Options
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
 NOISIER = UNIFORM.reweighted(np.linspace(1.0, 9.0, 1000))
-EVERY_TIMESTEP = Noise.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
+EVERY_TIMESTEP = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
 EPS: Any = SimpleNamespace(
     schedule=SCHEDULE, preconditioning=EpsPreconditioning(SCHEDULE), distribution=UNIFORM
 )
@@ -32,11 +32,11 @@ class Defaults:
     """Stands in for the host's own answer."""
 
     @hookimpl
-    def sample_timesteps(self, model: Any) -> Distribution:
+    def sample_timesteps(self, model: Any) -> NoiseDistribution:
         return model.distribution
 
     @hookimpl
-    def weight_loss(self, noise: Noise) -> np.ndarray:
+    def weight_loss(self, noise: NoiseLevels) -> np.ndarray:
         return noise.snr
 
 
@@ -47,7 +47,7 @@ def run(options: Options | None = None) -> Hooks:
 
 
 def weights(
-    noise: Noise = EVERY_TIMESTEP, options: Options | None = None, model: Any = EPS
+    noise: NoiseLevels = EVERY_TIMESTEP, options: Options | None = None, model: Any = EPS
 ) -> np.ndarray:
     return run(options).weight_loss(model=model, noise=noise, step=1)
 
@@ -95,7 +95,7 @@ def test_gamma_is_the_bound() -> None:
 @pytest.mark.parametrize("normalize", ["none", "mean1"])
 @pytest.mark.parametrize("model", [EPS, V])
 def test_it_is_finite_over_sixteen_orders_of_magnitude(normalize: Any, model: Any) -> None:
-    noise = Noise.at(np.logspace(-4, 4, 161), SCHEDULE, UNIFORM)
+    noise = NoiseLevels.at(np.logspace(-4, 4, 161), SCHEDULE, UNIFORM)
     assert noise.snr.min() == pytest.approx(1e-8)
     assert noise.snr.max() == pytest.approx(1e8)
     ours = weights(noise, Options(normalize=normalize), model)
@@ -107,7 +107,7 @@ def test_it_is_finite_over_sixteen_orders_of_magnitude(normalize: Any, model: An
 def test_the_limits_at_no_noise_and_at_nothing_else() -> None:
     """SNR to infinity: gamma on the latent, and 0 on the network's own error. SNR to 0: the SNR
     itself, which is 1 on the network's own error for eps and 0 for v."""
-    ends = Noise.at(np.array([1e-100, 1e100]), SCHEDULE, UNIFORM)
+    ends = NoiseLevels.at(np.array([1e-100, 1e100]), SCHEDULE, UNIFORM)
     np.testing.assert_allclose(weights(ends), [5.0, 1e-200], rtol=1e-12)
     on_eps = weights(ends) * EPS.preconditioning.c_out(ends.sigma) ** 2
     np.testing.assert_allclose(on_eps, [0.0, 1.0], atol=1e-12)
@@ -122,10 +122,10 @@ def test_the_limits_at_no_noise_and_at_nothing_else() -> None:
 @pytest.mark.parametrize("distribution", [UNIFORM, NOISIER])
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
 def test_mean1_keeps_the_mean_of_the_network_s_own_weight_at_one(
-    model: Any, distribution: Distribution, gamma: float
+    model: Any, distribution: NoiseDistribution, gamma: float
 ) -> None:
     """E[min(SNR, gamma) * c_out^2] / that mean = 1 over what is drawn, whatever is drawn."""
-    noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, distribution)
+    noise = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, distribution)
     ours = weights(noise, Options(gamma=gamma, normalize="mean1"), model)
     c_out = model.preconditioning.c_out
     masses = np.diff(np.concatenate([[0.0], distribution.cdf(SCHEDULE.sigmas)]))
@@ -151,7 +151,7 @@ def test_the_mean_is_taken_once_for_each_distribution() -> None:
     first, second = Counted(SCHEDULE), Counted(SCHEDULE, np.arange(1.0, 1001.0))
     results = []
     for step, distribution in enumerate([first, first, second, second, first], start=1):
-        noise = Noise.at(np.array([0.1, 1.0]), SCHEDULE, distribution)
+        noise = NoiseLevels.at(np.array([0.1, 1.0]), SCHEDULE, distribution)
         results.append(hooks.weight_loss(model=EPS, noise=noise, step=step))
     assert (first.asked, second.asked) == (2, 1)
     assert np.array_equal(results[0], results[1])

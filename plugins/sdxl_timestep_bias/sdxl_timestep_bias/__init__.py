@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sdxl_host import DiffusionModel, Distribution, Noise, hookimpl, option
+from sdxl_host import DiffusionModel, NoiseDistribution, NoiseLevels, hookimpl, option
 
 __all__ = ["Options", "TimestepBias"]
 
@@ -53,7 +53,7 @@ class TimestepBias:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._source_and_biased: tuple[Distribution, Distribution] | None = None
+        self._source_and_biased: tuple[NoiseDistribution, NoiseDistribution] | None = None
         self._idle: dict[int, bool] = {}  # asked each step
 
     def weights(self, count: int) -> np.ndarray:
@@ -78,7 +78,7 @@ class TimestepBias:
         return self._idle[count]
 
     @hookimpl(wrapper=True)
-    def sample_timesteps(self) -> Generator[None, Distribution, Distribution]:
+    def sample_timesteps(self) -> Generator[None, NoiseDistribution, NoiseDistribution]:
         """The reweighted distribution: one object as long as it is given one object."""
         distribution = yield
         count = len(distribution.schedule)
@@ -89,7 +89,7 @@ class TimestepBias:
         return self._source_and_biased[1]
 
     @hookimpl(wrapper=True)
-    def weight_loss(self, noise: Noise) -> Generator[None, np.ndarray, np.ndarray]:
+    def weight_loss(self, noise: NoiseLevels) -> Generator[None, np.ndarray, np.ndarray]:
         """lambda over q(sigma) / p(sigma): importance sampling, which leaves the mean unbiased.
 
         p and q are what this plugin was given and what it made of that; others correct their own.
@@ -98,9 +98,9 @@ class TimestepBias:
         if not self.options.importance_correction or self._source_and_biased is None:
             return weights
         source, biased = self._source_and_biased
-        return weights * source.ratio(noise.sigma) / biased.ratio(noise.sigma)
+        return weights * source.density_ratio(noise.sigma) / biased.density_ratio(noise.sigma)
 
-    def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
+    def notes(self, model: DiffusionModel, distribution: NoiseDistribution) -> list[str]:
         """Where the draws go in the end, and options that have no effect beside the others."""
         chosen, count = self.options, len(model.schedule)
         if chosen.strategy == "none":

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, Distribution, Noise, Schedule, hookimpl
+from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels, NoiseSchedule, hookimpl
 from sdxl_host.errors import ConfigError
 from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
@@ -18,14 +18,14 @@ from sdxl_host.settings.options import build_options
 
 from sdxl_timestep_bias import Options, TimestepBias
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
 U = (np.arange(20000) + 0.5) / 20000
 GUIDE = {"multiplier": 2, "strategy": "range", "begin": 200, "end": 500, "portion": 0.25}
 MODEL: Any = SimpleNamespace(schedule=SCHEDULE, distribution=UNIFORM)
 
 
-class LogNormal(Distribution):
+class LogNormal(NoiseDistribution):
     """ln sigma ~ N(-1.2, 1.2^2), what EDM draws from."""
 
     schedule = SCHEDULE
@@ -41,23 +41,23 @@ class LogNormal(Distribution):
 class Defaults:
     """Stands in for the host's own answers."""
 
-    def __init__(self, distribution: Distribution) -> None:
+    def __init__(self, distribution: NoiseDistribution) -> None:
         self.distribution = distribution
 
     @hookimpl
-    def sample_timesteps(self) -> Distribution:
+    def sample_timesteps(self) -> NoiseDistribution:
         return self.distribution
 
     @hookimpl
-    def weight_loss(self, noise: Noise) -> np.ndarray:
+    def weight_loss(self, noise: NoiseLevels) -> np.ndarray:
         return np.sqrt(noise.snr)
 
 
-def run(options: Options, distribution: Distribution = UNIFORM) -> Hooks:
+def run(options: Options, distribution: NoiseDistribution = UNIFORM) -> Hooks:
     return chain([options], distribution)
 
 
-def chain(several: Sequence[Options], distribution: Distribution = UNIFORM) -> Hooks:
+def chain(several: Sequence[Options], distribution: NoiseDistribution = UNIFORM) -> Hooks:
     """One plugin after the other, as in the order of --plugins."""
     plugins = []
     for index, options in enumerate(several):
@@ -69,11 +69,11 @@ def chain(several: Sequence[Options], distribution: Distribution = UNIFORM) -> H
     return Hooks(Defaults(distribution), plugins)
 
 
-def biased(options: Options, distribution: Distribution = UNIFORM) -> Distribution:
+def biased(options: Options, distribution: NoiseDistribution = UNIFORM) -> NoiseDistribution:
     return run(options, distribution).sample_timesteps(model=None, step=1)
 
 
-def share(distribution: Distribution, first: int, end: int) -> float:
+def share(distribution: NoiseDistribution, first: int, end: int) -> float:
     """Share of the draws whose nearest timestep lies in [first, end)."""
     timestep = SCHEDULE.nearest(distribution.quantile(U))
     return float(np.mean((first <= timestep) & (timestep < end)))
@@ -136,7 +136,7 @@ def test_a_multiplier_below_one_draws_them_less_often() -> None:
 
 
 def test_the_number_of_timesteps_is_the_schedule_s() -> None:
-    schedule = Schedule.scaled_linear(num_timesteps=40)
+    schedule = NoiseSchedule.scaled_linear(num_timesteps=40)
     later = biased(Options(strategy="later", multiplier=2.0), DiscreteDistribution(schedule))
     assert 1 - later.cdf(schedule.sigmas[29]) == pytest.approx(0.4, abs=1e-12)
 
@@ -246,7 +246,7 @@ def test_it_follows_a_source_that_changes() -> None:
 
 
 @pytest.mark.parametrize("source", [UNIFORM, LogNormal()], ids=["discrete", "continuous"])
-def test_importance_correction_keeps_the_mean_of_the_loss(source: Distribution) -> None:
+def test_importance_correction_keeps_the_mean_of_the_loss(source: NoiseDistribution) -> None:
     """E_q[f / (q/p)] = E_p[f], for any loss f of sigma."""
     options = Options(
         strategy="range", multiplier=4.0, begin=200, end=500, importance_correction=True
@@ -267,14 +267,14 @@ def mean(hooks: Hooks) -> float:
     q = hooks.sample_timesteps(model=None, step=1)
 
     def weighed(sigma: np.ndarray) -> np.ndarray:
-        noise = Noise.at(sigma, SCHEDULE, q)
+        noise = NoiseLevels.at(sigma, SCHEDULE, q)
         return hooks.weight_loss(model=None, noise=noise, step=1) * sigma * loss(sigma)
 
     return q.expect(weighed)
 
 
 @pytest.mark.parametrize("source", [UNIFORM, LogNormal()], ids=["discrete", "continuous"])
-def test_two_that_correct_keep_the_mean_of_the_loss(source: Distribution) -> None:
+def test_two_that_correct_keep_the_mean_of_the_loss(source: NoiseDistribution) -> None:
     """Each undoes its own change: E_q12[f / (q1/p) / (q12/q1)] = E_p[f]. The source is reweighted
     already, by someone who corrects nothing."""
     given = source.reweighted(np.linspace(1.0, 2.0, 1000))
@@ -288,7 +288,7 @@ def test_two_that_correct_keep_the_mean_of_the_loss(source: Distribution) -> Non
 
 
 @pytest.mark.parametrize("source", [UNIFORM, LogNormal()], ids=["discrete", "continuous"])
-def test_one_that_corrects_leaves_the_other_s_draws(source: Distribution) -> None:
+def test_one_that_corrects_leaves_the_other_s_draws(source: NoiseDistribution) -> None:
     """E_q12[f q1/q12] = E_q1[f]; corrected by the first, it is E_q2[f] times what does not depend
     on f."""
     one = Options("range", 4.0, begin=200, end=500)
@@ -311,7 +311,7 @@ def test_importance_correction_divides_by_the_change_of_density() -> None:
     options = Options(strategy="later", multiplier=2.0, importance_correction=True)
     hooks = run(options)
     q = hooks.sample_timesteps(model=None, step=1)
-    noise = Noise.at(SCHEDULE.sigmas[[10, 900]], SCHEDULE, q)
+    noise = NoiseLevels.at(SCHEDULE.sigmas[[10, 900]], SCHEDULE, q)
     plain = Defaults(UNIFORM).weight_loss(noise)
     corrected = hooks.weight_loss(model=None, noise=noise, step=1)
     np.testing.assert_allclose(corrected / plain, [1.25, 0.625], rtol=1e-12)
@@ -329,7 +329,7 @@ def test_without_it_the_weight_passes_unchanged(options: Options) -> None:
     hooks = run(options)
     # Someone else's reweighting is not this plugin's to correct.
     other = UNIFORM.reweighted(np.linspace(1, 2, 1000))
-    noise = Noise.at(SCHEDULE.sigmas[::100], SCHEDULE, other)
+    noise = NoiseLevels.at(SCHEDULE.sigmas[::100], SCHEDULE, other)
     plain = Defaults(UNIFORM).weight_loss(noise)
     assert np.array_equal(hooks.weight_loss(model=None, noise=noise, step=1), plain)
 
@@ -386,7 +386,9 @@ def test_options_that_others_make_idle_are_named() -> None:
         ),
     ],
 )
-def test_notes_tell_where_the_draws_go(options: Options, source: Distribution, line: str) -> None:
+def test_notes_tell_where_the_draws_go(
+    options: Options, source: NoiseDistribution, line: str
+) -> None:
     assert run(options, source).notes(MODEL)[0] == f"timestep_bias: {line}"
 
 

@@ -303,7 +303,7 @@ def diffusers_configs(
     tokenizer_config.json of "tokenizer" and "tokenizer_2", scheduler_config.json of "scheduler" and
     model_index.json as "model_index", each for what the architecture has; the index where a
     pipeline can be loaded, that is with a U-Net, an autoencoder and OpenCLIP. Without CLIP it is
-    the refiner's, which takes pictures and an aesthetic score.
+    the refiner's, which takes images and an aesthetic score.
 
     Raises DataError for an architecture that diffusers can't build, ConfigError for another
     prediction type.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from sdxl_host import DiffusionModel, Distribution, Noise, hookimpl, option
+from sdxl_host import DiffusionModel, NoiseDistribution, NoiseLevels, hookimpl, option
 
 __all__ = ["Debiased", "Options"]
 
@@ -37,11 +37,11 @@ class Debiased:
         self.options = options
 
     @hookimpl
-    def weight_loss(self, noise: Noise) -> np.ndarray:
+    def weight_loss(self, noise: NoiseLevels) -> np.ndarray:
         """lambda on |D - z|^2, float64 (G,)."""
         return self._weights(noise.snr)
 
-    def notes(self, model: DiffusionModel, distribution: Distribution) -> list[str]:
+    def notes(self, model: DiffusionModel, distribution: NoiseDistribution) -> list[str]:
         """How much larger the loss becomes, because gradients grow with it."""
 
         def factor(sigma: np.ndarray) -> np.ndarray:

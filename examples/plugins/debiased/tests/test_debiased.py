@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, Noise, Schedule
+from sdxl_host import DiscreteDistribution, NoiseLevels, NoiseSchedule
 from sdxl_host.diffusion.objective import coefficients
 from sdxl_host.diffusion.preconditioning import (
     EpsPreconditioning,
@@ -18,9 +18,9 @@ from sdxl_host.testing import PluginContract
 
 from debiased import Debiased, Options
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
-EVERY_TIMESTEP = Noise.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
+EVERY_TIMESTEP = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
 EPS, V = EpsPreconditioning(SCHEDULE), VPreconditioning(SCHEDULE)
 
 
@@ -29,7 +29,7 @@ class TestContract(PluginContract):
     options = {"max_snr": 1000.0}
 
 
-def weights(noise: Noise = EVERY_TIMESTEP, **options: Any) -> np.ndarray:
+def weights(noise: NoiseLevels = EVERY_TIMESTEP, **options: Any) -> np.ndarray:
     return Debiased(Options(**options)).weight_loss(noise)
 
 
@@ -96,7 +96,7 @@ def test_a_bound_keeps_the_factor_above_it_and_changes_nothing_below() -> None:
 
 @pytest.mark.parametrize("max_snr", [None, 1000.0])
 def test_it_is_finite_and_falls_over_sixteen_orders_of_magnitude(max_snr: float | None) -> None:
-    ours = weights(Noise.at(np.logspace(-4, 4, 161), SCHEDULE, UNIFORM), max_snr=max_snr)
+    ours = weights(NoiseLevels.at(np.logspace(-4, 4, 161), SCHEDULE, UNIFORM), max_snr=max_snr)
     assert ours.dtype == np.float64
     assert np.isfinite(ours).all()
     assert (ours > 0).all()

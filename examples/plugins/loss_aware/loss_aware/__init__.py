@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sdxl_host import Distribution, Noise, Schedule, StepResult, TrainerView, hookimpl, option
+from sdxl_host import (
+    NoiseDistribution,
+    NoiseLevels,
+    NoiseSchedule,
+    StepResult,
+    TrainerView,
+    hookimpl,
+    option,
+)
 
 __all__ = ["LossAware", "Options"]
 
@@ -51,10 +59,10 @@ class LossAware:
         self.options = options
         self.moments = np.full(options.bins, np.nan)
         self.steps = 0
-        self._source_and_drawn: tuple[Distribution, Distribution] | None = None
+        self._source_and_drawn: tuple[NoiseDistribution, NoiseDistribution] | None = None
 
     @hookimpl(wrapper=True)
-    def sample_timesteps(self) -> Generator[None, Distribution, Distribution]:
+    def sample_timesteps(self) -> Generator[None, NoiseDistribution, NoiseDistribution]:
         """The distribution reweighted by the moments: one object while neither changes."""
         source = yield
         if self._source_and_drawn is None or self._source_and_drawn[0] is not source:
@@ -62,7 +70,7 @@ class LossAware:
         return self._source_and_drawn[1]
 
     @hookimpl(wrapper=True)
-    def weight_loss(self, noise: Noise) -> Generator[None, np.ndarray, np.ndarray]:
+    def weight_loss(self, noise: NoiseLevels) -> Generator[None, np.ndarray, np.ndarray]:
         """lambda * p(sigma) / q(sigma), at most lambda / floor."""
         weights = yield
         if not self.options.importance_correction:
@@ -76,12 +84,12 @@ class LossAware:
         Losses that are not finite are left out. The moments are equal on all workers, because the
         losses are those of the whole batch.
         """
-        losses = result.losses.astype(np.float64)
+        losses = result.per_sample_loss.astype(np.float64)
         finite = np.isfinite(losses)
         sigma = result.noise.sigma[finite]
         c_out = trainer.model.preconditioning.c_out(sigma)
         # What the host minimises: a weight on |D - z|^2 is worth weight * c_out^2 here.
-        losses = losses[finite] * result.weights[finite] * c_out**2
+        losses = losses[finite] * result.loss_weight[finite] * c_out**2
         if self.options.importance_correction:
             losses *= self._change(sigma)
         schedule = trainer.model.schedule
@@ -109,7 +117,7 @@ class LossAware:
         reasons = {"floor is 1": self.options.floor == 1, "bins is 1": self.options.bins == 1}
         return [f"does nothing: {reason}" for reason, holds in reasons.items() if holds]
 
-    def _bins(self, schedule: Schedule) -> np.ndarray:
+    def _bins(self, schedule: NoiseSchedule) -> np.ndarray:
         """The bin of each timestep, int64 (N,)."""
         return np.arange(len(schedule)) * self.options.bins // len(schedule)
 
@@ -118,9 +126,9 @@ class LossAware:
         if self._source_and_drawn is None:
             return np.ones_like(sigma)
         source, drawn = self._source_and_drawn
-        return drawn.ratio(sigma) / source.ratio(sigma)
+        return drawn.density_ratio(sigma) / source.density_ratio(sigma)
 
-    def _reweighted(self, source: Distribution) -> Distribution:
+    def _reweighted(self, source: NoiseDistribution) -> NoiseDistribution:
         measured = self.moments[~np.isnan(self.moments)]
         if self.steps < self.options.warmup or not measured.any():
             return source

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, Distribution, Noise, Schedule
+from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels, NoiseSchedule
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning
 from sdxl_host.testing import PluginContract
 
 from loss_aware import LossAware, Options
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 UNIFORM = DiscreteDistribution(SCHEDULE)
 EPS = EpsPreconditioning(SCHEDULE)
 TRAINER: Any = SimpleNamespace(model=SimpleNamespace(preconditioning=EPS, schedule=SCHEDULE))
@@ -25,7 +25,7 @@ class TestContract(PluginContract):
     options = {"warmup": 1, "bins": 5, "decay": 0.5}
 
 
-class LogUniform(Distribution):
+class LogUniform(NoiseDistribution):
     """ln sigma uniform from ln low to ln high: a continuous distribution."""
 
     def __init__(self, low: float = 0.05, high: float = 10.0) -> None:
@@ -47,25 +47,31 @@ def answer(wrapper: Generator[None, Any, Any], given: Any) -> Any:
 
 
 def step(
-    plugin: LossAware, sigma: Any, losses: Any, source: Distribution = UNIFORM, scale: float = 1.0
-) -> Distribution:
+    plugin: LossAware,
+    sigma: Any,
+    losses: Any,
+    source: NoiseDistribution = UNIFORM,
+    scale: float = 1.0,
+) -> NoiseDistribution:
     """One step as the host makes it: losses of the network, and a lambda that makes each weigh
     `scale`. Returns what the noise levels would have been drawn from."""
     distribution = answer(plugin.sample_timesteps(), source)
-    noise = Noise.at(np.asarray(sigma, float), SCHEDULE, distribution)
+    noise = NoiseLevels.at(np.asarray(sigma, float), SCHEDULE, distribution)
     weights = answer(plugin.weight_loss(noise), scale * EPS.loss_weight(noise.sigma))
-    result: Any = SimpleNamespace(noise=noise, losses=np.float32(losses), weights=weights)
+    result: Any = SimpleNamespace(
+        noise=noise, per_sample_loss=np.float32(losses), loss_weight=weights
+    )
     plugin.on_step_end(TRAINER, result)
     return distribution
 
 
-def masses(distribution: Distribution) -> np.ndarray:
+def masses(distribution: NoiseDistribution) -> np.ndarray:
     """The probability of each timestep."""
     borders = SCHEDULE.sigma(np.arange(1, 1000) - 0.5)
     return np.diff(np.concatenate([[0.0], distribution.cdf(borders), [1.0]]))
 
 
-def measured(source: Distribution = UNIFORM, **options: Any) -> tuple[LossAware, np.ndarray]:
+def measured(source: NoiseDistribution = UNIFORM, **options: Any) -> tuple[LossAware, np.ndarray]:
     """A plugin that has seen each timestep once, and the root of each timestep's moment."""
     plugin = LossAware(Options(**{"warmup": 0, "bins": 8, "decay": 0.0, **options}))
     losses = np.random.default_rng(1).uniform(0.01, 3.0, 1000)
@@ -93,7 +99,7 @@ def test_timesteps_are_drawn_by_the_root_of_their_second_moment(bins: int, floor
 
 
 @pytest.mark.parametrize("source", [UNIFORM, LogUniform()], ids=["discrete", "continuous"])
-def test_every_timestep_keeps_its_floor(source: Distribution) -> None:
+def test_every_timestep_keeps_its_floor(source: NoiseDistribution) -> None:
     plugin, roots = measured(source, floor=0.2)
     before, after = masses(source), masses(answer(plugin.sample_timesteps(), source))
     assert (after >= 0.2 * before - 1e-12).all()
@@ -115,13 +121,13 @@ def test_what_nothing_is_known_of_is_taken_for_average() -> None:
 
 
 @pytest.mark.parametrize("source", [UNIFORM, LogUniform()], ids=["discrete", "continuous"])
-def test_the_correction_keeps_the_mean_of_any_loss(source: Distribution) -> None:
+def test_the_correction_keeps_the_mean_of_any_loss(source: NoiseDistribution) -> None:
     """E_q[L p / q] = E_p[L]."""
     plugin, _ = measured(source)
     drawn = answer(plugin.sample_timesteps(), source)
 
     def corrected(sigma: np.ndarray) -> np.ndarray:
-        noise = Noise.at(sigma, SCHEDULE, drawn)
+        noise = NoiseLevels.at(sigma, SCHEDULE, drawn)
         return answer(plugin.weight_loss(noise), np.sqrt(sigma) + np.sin(sigma))
 
     plain = source.expect(lambda sigma: np.sqrt(sigma) + np.sin(sigma))
@@ -136,7 +142,7 @@ def test_the_variance_is_the_least_there_is() -> None:
         plugin = LossAware(Options(bins=4, warmup=0, floor=floor))
         step(plugin, SCHEDULE.sigmas, losses)
         drawn = answer(plugin.sample_timesteps(), UNIFORM)
-        noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, drawn)
+        noise = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, drawn)
         weighed = losses * answer(plugin.weight_loss(noise), np.ones(1000))
         variance = masses(drawn) @ weighed**2 - losses.mean() ** 2
         assert -1e-12 <= variance < bound * losses.var()
@@ -145,13 +151,13 @@ def test_the_variance_is_the_least_there_is() -> None:
 def test_no_weight_grows_over_one_by_the_floor() -> None:
     plugin, _ = measured(bins=1000, floor=0.05)
     drawn = answer(plugin.sample_timesteps(), UNIFORM)
-    noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, drawn)
+    noise = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, drawn)
     assert 1.0 < answer(plugin.weight_loss(noise), np.ones(1000)).max() <= 1 / 0.05
 
 
 def test_without_the_correction_the_weight_passes_unchanged() -> None:
     plugin, _ = measured(importance_correction=False)
-    noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, answer(plugin.sample_timesteps(), UNIFORM))
+    noise = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, answer(plugin.sample_timesteps(), UNIFORM))
     given = np.ones(1000)
     assert answer(plugin.weight_loss(noise), given) is given
 
@@ -162,7 +168,7 @@ def test_only_its_own_change_is_corrected() -> None:
     plugin, _ = measured(biased)
     drawn = answer(plugin.sample_timesteps(), biased)
     for last in (drawn, drawn.reweighted(np.linspace(2.0, 1.0, 1000))):
-        noise = Noise.at(SCHEDULE.sigmas, SCHEDULE, last)
+        noise = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, last)
         correction = answer(plugin.weight_loss(noise), np.ones(1000))
         np.testing.assert_allclose(correction, masses(biased) / masses(drawn), rtol=1e-9)
 

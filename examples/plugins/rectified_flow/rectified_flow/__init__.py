@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from sdxl_host import (
     DiffusionModel,
-    Distribution,
+    NoiseDistribution,
+    NoiseSchedule,
     Preconditioning,
-    Sampling,
-    Schedule,
+    SamplingDefaults,
     hookimpl,
     option,
 )
@@ -90,10 +90,10 @@ class FlowPreconditioning(Preconditioning):
         }
 
 
-class LogitNormal(Distribution):
+class LogitNormal(NoiseDistribution):
     """logit t ~ N(mean, std^2) (Esser et al. 2024, eq. 19), which is ln sigma."""
 
-    def __init__(self, schedule: Schedule, mean: float, std: float) -> None:
+    def __init__(self, schedule: NoiseSchedule, mean: float, std: float) -> None:
         self.schedule, self.mean, self.std = schedule, mean, std
 
     def quantile(self, u: np.ndarray) -> np.ndarray:
@@ -105,10 +105,10 @@ class LogitNormal(Distribution):
         return 0.5 * _erfc(-z / math.sqrt(2.0))
 
 
-class UniformTime(Distribution):
+class UniformTime(NoiseDistribution):
     """t uniform from 0 to 1, so that t itself is the probability of less noise."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
 
     def quantile(self, u: np.ndarray) -> np.ndarray:
@@ -125,18 +125,18 @@ class RectifiedFlow:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._distribution: Distribution | None = None
+        self._distribution: NoiseDistribution | None = None
 
     @hookimpl(wrapper=True)
     def build_model(self) -> Generator[None, DiffusionModel, DiffusionModel]:
         """The model with the flow's preconditioning, drawn over the noise levels it trains on."""
         model = yield
         low, high = self._times(model.schedule).quantile(np.array([TAIL, 1.0 - TAIL]))
-        sampling = Sampling("karras", float(low), float(high), sampler="dpmpp_2m")
+        sampling = SamplingDefaults("karras", float(low), float(high), sampler="dpmpp_2m")
         return model.with_preconditioning(FlowPreconditioning(), sampling)
 
     @hookimpl
-    def sample_timesteps(self, model: DiffusionModel) -> Distribution:
+    def sample_timesteps(self, model: DiffusionModel) -> NoiseDistribution:
         """The distribution of t, as one of sigma; one object, because tables are kept by it."""
         return self._times(model.schedule)
 
@@ -149,7 +149,7 @@ class RectifiedFlow:
             if given and self.options.times == "uniform"
         ]
 
-    def _times(self, schedule: Schedule) -> Distribution:
+    def _times(self, schedule: NoiseSchedule) -> NoiseDistribution:
         if self._distribution is None or self._distribution.schedule is not schedule:
             self._distribution = UniformTime(schedule)
             if self.options.times == "logit_normal":

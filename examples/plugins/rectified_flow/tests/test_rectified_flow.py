@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import special
-from sdxl_host import DiffusionModel, Distribution, Schedule
+from sdxl_host import DiffusionModel, NoiseDistribution, NoiseSchedule
 from sdxl_host.diffusion.objective import coefficients, denoise
 from sdxl_host.sampling.samplers import SAMPLERS, noise_levels, sample
 from sdxl_host.testing import PluginContract, tiny_model
@@ -22,7 +22,7 @@ from rectified_flow import (
     time_of,
 )
 
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 SIGMA = np.logspace(-4, 4, 161)
 T = SIGMA / (1 + SIGMA)
 FLOW = FlowPreconditioning()
@@ -118,7 +118,7 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=list(DISTRIBUTIONS))
-def test_cdf_and_quantile_undo_each_other(distribution: Distribution) -> None:
+def test_cdf_and_quantile_undo_each_other(distribution: NoiseDistribution) -> None:
     sigma = distribution.quantile(UNIFORMS)
     assert np.isfinite(sigma).all()
     assert (np.diff(sigma) > 0).all()
@@ -159,7 +159,7 @@ def test_uniform_times_are_uniform() -> None:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=list(DISTRIBUTIONS))
-def test_it_can_be_reweighted(distribution: Distribution) -> None:
+def test_it_can_be_reweighted(distribution: NoiseDistribution) -> None:
     """As timestep_bias does: twice the odds of the noisier half of the timesteps."""
     border = SCHEDULE.sigma(499.5)
     share = 1 - distribution.cdf(border)
@@ -192,7 +192,7 @@ def exact_denoiser(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def drawn(sampler: str, sigmas: np.ndarray) -> np.ndarray:
-    """Pictures of 40,000 values from noise, with the host's sampler."""
+    """Images of 40,000 values from noise, with the host's sampler."""
     shape = (1, 1, 200, 200)
     noise = np.random.default_rng(2).standard_normal(shape)
 
@@ -209,11 +209,11 @@ def test_noise_becomes_the_data(sampler: str, times: str) -> None:
     the first of them, x = sigma_max * n without the data, and the steps leave."""
     sampling = built(times=times).sampling
     steps = 400 if sampler.startswith("euler") else 80
-    pictures = drawn(sampler, noise_levels(sampling, SCHEDULE, steps))
-    error = SPREAD / np.sqrt(pictures.size)
+    images = drawn(sampler, noise_levels(sampling, SCHEDULE, steps))
+    error = SPREAD / np.sqrt(images.size)
     unseen = MEAN * SPREAD / sampling.sigma_max
-    assert pictures.mean() == pytest.approx(MEAN, abs=4 * error + unseen + 0.02 * SPREAD)
-    assert pictures.std() == pytest.approx(SPREAD, abs=4 * error + 0.02 * SPREAD)
+    assert images.mean() == pytest.approx(MEAN, abs=4 * error + unseen + 0.02 * SPREAD)
+    assert images.std() == pytest.approx(SPREAD, abs=4 * error + 0.02 * SPREAD)
 
 
 def test_euler_s_step_in_sigma_is_euler_s_step_in_t() -> None:

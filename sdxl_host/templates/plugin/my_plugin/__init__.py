@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from sdxl_host import (
     DiffusionModel,
-    Distribution,
-    Encoders,
-    Noise,
+    NoiseDistribution,
+    NoiseLevels,
     PromptEmbedding,
     StepResult,
+    TextEncoders,
     TrainerView,
-    encode_plain,
+    encode_truncated,
     hookimpl,
     option,
 )
@@ -36,7 +36,7 @@ class Options:
     # [weight_loss]
     gamma: float = option(5.0, help="what the weight nears where there is little noise", above=0.0)
     # [encode_prompt]
-    prefix: str = option("a picture of", help="words in front of every prompt")
+    prefix: str = option("an image of", help="words in front of every prompt")
     # [on_step_end]
     memory: float = option(
         0.9, help="share of the mean so far in the running mean", minimum=0.0, maximum=1.0
@@ -52,7 +52,7 @@ class MyPlugin:
     def __init__(self, options: Options) -> None:
         self.options = options
         # [sample_timesteps]
-        self._given_and_tilted: tuple[Distribution, Distribution] | None = None
+        self._given_and_tilted: tuple[NoiseDistribution, NoiseDistribution] | None = None
         # [on_step_end]
         self.mean: float | None = None
         # [end]
@@ -73,7 +73,7 @@ class MyPlugin:
 
     # [sample_timesteps]
     @hookimpl(wrapper=True)
-    def sample_timesteps(self) -> Generator[None, Distribution, Distribution]:
+    def sample_timesteps(self) -> Generator[None, NoiseDistribution, NoiseDistribution]:
         """Adapts the distribution of noise levels, whoever answered with it.
 
         One object as long as it is given one object, because the host keeps tables by identity.
@@ -93,7 +93,7 @@ class MyPlugin:
 
     # [weight_loss]
     @hookimpl
-    def weight_loss(self, noise: Noise) -> np.ndarray:
+    def weight_loss(self, noise: NoiseLevels) -> np.ndarray:
         """Claims lambda, the weight on |D - z|^2 of each sample: float64 (G,), as is noise.snr.
 
         Example: soft Min-SNR (Crowson et al. 2024, arXiv 2401.11605), SNR gamma / (SNR + gamma).
@@ -103,18 +103,18 @@ class MyPlugin:
 
     # [encode_prompt]
     @hookimpl
-    def encode_prompt(self, prompts: Sequence[str], encoders: Encoders) -> PromptEmbedding:
+    def encode_prompt(self, prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbedding:
         """Claims what B prompts become: context (B, L, C) and pooled (B, P), both float32.
 
         A pure function of the prompts. Example: words in front of each, then the host's encoding.
         """
-        return encode_plain([f"{self.options.prefix} {prompt}" for prompt in prompts], encoders)
+        return encode_truncated([f"{self.options.prefix} {prompt}" for prompt in prompts], encoders)
 
     # [on_step_end]
     @hookimpl
     def on_step_end(self, trainer: TrainerView, result: StepResult) -> None:
         """Observes. Example: logs a running mean of the loss, which survives a resume."""
-        if not result.applied:  # its loss may not be finite
+        if result.skipped:  # its loss may not be finite
             return
         before = result.loss if self.mean is None else self.mean
         memory = self.options.memory

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from sdxl_host import DiscreteDistribution, Encoders, Noise, Schedule, encode_plain
+from sdxl_host import (
+    DiscreteDistribution,
+    NoiseLevels,
+    NoiseSchedule,
+    TextEncoders,
+    encode_truncated,
+)
 from sdxl_host.testing import PluginContract
 
 from my_plugin import MyPlugin, Options
@@ -28,25 +34,25 @@ def test_only_the_chosen_part_is_trained() -> None:
 
 # [sample_timesteps]
 def test_the_noisiest_timestep_is_drawn_tilt_times_as_often_as_the_cleanest() -> None:
-    schedule = Schedule.scaled_linear()
+    schedule = NoiseSchedule.scaled_linear()
     weights = MyPlugin(Options(tilt=3.0)).timestep_weights(len(schedule))
-    ratio = DiscreteDistribution(schedule).reweighted(weights).ratio(schedule.sigmas)
+    ratio = DiscreteDistribution(schedule).reweighted(weights).density_ratio(schedule.sigmas)
     np.testing.assert_allclose(ratio[-1] / ratio[0], 3.0, rtol=1e-12)
     assert (np.diff(ratio) > 0).all()
 
 
 # [weight_loss]
-def test_the_weight_is_a_harmonic_sum(noise_levels: Noise) -> None:
+def test_the_weight_is_a_harmonic_sum(noise_levels: NoiseLevels) -> None:
     """1 / lambda = 1 / SNR + 1 / gamma."""
     weights = MyPlugin(Options(gamma=4.0)).weight_loss(noise_levels)
     np.testing.assert_allclose(1 / weights, 1 / noise_levels.snr + 1 / 4.0, rtol=1e-12)
 
 
 # [encode_prompt]
-def test_every_prompt_begins_with_the_prefix(tiny_encoders: Encoders) -> None:
+def test_every_prompt_begins_with_the_prefix(tiny_encoders: TextEncoders) -> None:
     plugin = MyPlugin(Options(prefix="a photo of"))
     ours = plugin.encode_prompt(["a cat", "an owl"], tiny_encoders)
-    expected = encode_plain(["a photo of a cat", "a photo of an owl"], tiny_encoders)
+    expected = encode_truncated(["a photo of a cat", "a photo of an owl"], tiny_encoders)
     np.testing.assert_array_equal(ours.context, expected.context)
     np.testing.assert_array_equal(ours.pooled, expected.pooled)
 
@@ -56,8 +62,8 @@ def test_the_logged_loss_is_a_running_mean() -> None:
     logged: list[float] = []
     trainer: Any = SimpleNamespace(log=lambda name, value: logged.append(value))
     plugin = MyPlugin(Options(memory=0.5))
-    for loss, applied in ((4.0, True), (2.0, True), (float("inf"), False), (8.0, True)):
-        result: Any = SimpleNamespace(loss=loss, applied=applied)
+    for loss, skipped in ((4.0, False), (2.0, False), (float("inf"), True), (8.0, False)):
+        result: Any = SimpleNamespace(loss=loss, skipped=skipped)
         plugin.on_step_end(trainer, result)
     assert logged == [4.0, 3.0, 5.5]
 

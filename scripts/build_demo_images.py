@@ -1,12 +1,12 @@
-"""Build the 64 captioned pictures that the package carries for its first run.
+"""Build the 64 captioned images that the package carries for its first run.
 
-    python scripts/build_demo_pictures.py            # rewrite sdxl_host/data/demo and demo16.txt
-    python scripts/build_demo_pictures.py --check    # rebuild aside and compare with what is stored
+    python scripts/build_demo_images.py            # rewrite sdxl_host/data/demo and demo16.txt
+    python scripts/build_demo_images.py --check    # rebuild aside and compare with what is stored
 
-The pictures are Microsoft's Fluent Emoji in 3D, the captions come from Unicode's names. Both are
+The images are Microsoft's Fluent Emoji in 3D, the captions come from Unicode's names. Both are
 read from npm packages of a pinned version and hash, so every run writes the same bytes (another
 release of Pillow may pack the same pixels into other bytes). Needs `npm`, the network (16 MB) and
-Pillow; NOTICE.md beside the pictures is written by hand.
+Pillow; NOTICE.md beside the images is written by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DATA = Path(__file__).resolve().parent.parent / "sdxl_host" / "data"
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package at the one version that the stored pictures were made from."""
+    """An npm package at the one version that the stored images were made from."""
 
     name: str
     version: str
@@ -73,8 +73,8 @@ ARTICLES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture (64x64, RGB) with its caption and the name of the file it is stored in."""
+class DemoImage:
+    """One image (64x64, RGB) with its caption and the name of the file it is stored in."""
 
     file_name: str
     text: str
@@ -116,67 +116,67 @@ def render(archive: tarfile.TarFile, emoji: str) -> Image.Image:
     """Return `emoji` from the art package over white, 64x64, RGB."""
     code_points = [f"{ord(character):x}" for character in emoji]
     member = archive.extractfile(f"package/assets/{'-'.join(code_points)}.webp")
-    assert member is not None, "a picture is a regular file"
+    assert member is not None, "an image is a regular file"
     art = Image.open(member).convert("RGBA")
     white = Image.new("RGBA", art.size, "white")
     return Image.alpha_composite(white, art).convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
 
 
-def make_pictures() -> list[Picture]:
-    """Download both packages and return all pictures, sorted by file name."""
+def make_images() -> list[DemoImage]:
+    """Download both packages and return all images, sorted by file name."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = read_names(fetch(NAMES, folder))
-        pictures: list[Picture] = []
+        images: list[DemoImage] = []
         with tarfile.open(fetch(ART, folder)) as archive:
             for article, slugs in ARTICLES.items():
                 for slug in slugs.split():
                     emoji, label = names[slug]
                     text = f"{article} {label}".strip()
-                    pictures.append(Picture(f"{slug}.png", text, render(archive, emoji)))
-    return sorted(pictures, key=lambda picture: picture.file_name)
+                    images.append(DemoImage(f"{slug}.png", text, render(archive, emoji)))
+    return sorted(images, key=lambda image: image.file_name)
 
 
-def most_different(pictures: list[Picture], count: int) -> list[Picture]:
-    """Return `count` pictures as unlike each other as can be, most unlike first.
+def most_different(images: list[DemoImage], count: int) -> list[DemoImage]:
+    """Return `count` images as unlike each other as can be, most unlike first.
 
     Greedy farthest-point selection on the Euclidean distance of 32x32 pixels: the two farthest
     apart, then whichever is farthest from all that were taken. Each beginning of the result is thus
     a good choice of its own length. The first by file name wins a tie.
     """
-    pixels = {p.file_name: list(p.image.resize((32, 32), Image.BOX).tobytes()) for p in pictures}
+    pixels = {p.file_name: list(p.image.resize((32, 32), Image.BOX).tobytes()) for p in images}
 
-    def distance(one: Picture, other: Picture) -> float:
+    def distance(one: DemoImage, other: DemoImage) -> float:
         return math.dist(pixels[one.file_name], pixels[other.file_name])
 
-    pairs = ((one, other) for i, one in enumerate(pictures) for other in pictures[i + 1 :])
+    pairs = ((one, other) for i, one in enumerate(images) for other in images[i + 1 :])
     chosen = list(max(pairs, key=lambda pair: distance(*pair)))
-    nearest = {p.file_name: min(distance(p, taken) for taken in chosen) for p in pictures}
+    nearest = {p.file_name: min(distance(p, taken) for taken in chosen) for p in images}
     while len(chosen) < count:
-        farthest = max(pictures, key=lambda picture: nearest[picture.file_name])
+        farthest = max(images, key=lambda image: nearest[image.file_name])
         chosen.append(farthest)
-        for picture in pictures:
-            gap = distance(picture, farthest)
-            nearest[picture.file_name] = min(nearest[picture.file_name], gap)
+        for image in images:
+            gap = distance(image, farthest)
+            nearest[image.file_name] = min(nearest[image.file_name], gap)
     return chosen
 
 
-def write(pictures: list[Picture], data: Path) -> None:
+def write(images: list[DemoImage], data: Path) -> None:
     """Write `data`/demo/*.png, `data`/demo/metadata.jsonl and `data`/demo16.txt."""
     demo = data / "demo"
     demo.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        picture.image.save(demo / picture.file_name, optimize=True)
-    lines = [json.dumps({"file_name": p.file_name, "text": p.text}) + "\n" for p in pictures]
+    for entry in images:
+        entry.image.save(demo / entry.file_name, optimize=True)
+    lines = [json.dumps({"file_name": p.file_name, "text": p.text}) + "\n" for p in images]
     (demo / "metadata.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-    short_list = "".join(f"{p.file_name}\n" for p in most_different(pictures, SHORT_LIST))
+    short_list = "".join(f"{p.file_name}\n" for p in most_different(images, SHORT_LIST))
     (data / "demo16.txt").write_text(short_list, encoding="utf-8", newline="\n")
 
 
 def differences(built: Path, stored: Path) -> list[str]:
     """Name every way in which the folder `stored` differs from `built`, one sentence each.
 
-    Pictures are compared by their decoded pixels: another zlib packs the same ones into other
+    Images are compared by their decoded pixels: another zlib packs the same ones into other
     bytes.
     """
     found: list[str] = []
@@ -208,7 +208,7 @@ def differences(built: Path, stored: Path) -> list[str]:
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description="Build the demo pictures of sdxl-host.")
+    parser = argparse.ArgumentParser(description="Build the demo images of sdxl-host.")
     parser.add_argument(
         "--out",
         type=Path,
@@ -220,20 +220,20 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     out: Path = arguments.out
-    pictures = make_pictures()
+    images = make_images()
     if not arguments.check:
-        write(pictures, out)
-        print(f"{len(pictures)} pictures written to {out / 'demo'}")
+        write(images, out)
+        print(f"{len(images)} images written to {out / 'demo'}")
         return 0
     with tempfile.TemporaryDirectory() as name:
-        write(pictures, Path(name))
+        write(images, Path(name))
         found = differences(Path(name), out)
     for sentence in found:
         print(sentence, file=sys.stderr)
     if found:
-        print("Run scripts/build_demo_pictures.py without --check to mend this.", file=sys.stderr)
+        print("Run scripts/build_demo_images.py without --check to mend this.", file=sys.stderr)
         return 1
-    print(f"{len(pictures)} pictures are up to date in {out / 'demo'}")
+    print(f"{len(images)} images are up to date in {out / 'demo'}")
     return 0
 
 
