@@ -14,7 +14,6 @@ import keyword
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from packaging.version import Version
 
 from sdxl_host.commands.parser import Parser
 from sdxl_host.errors import ConfigError, did_you_mean
+from sdxl_host.files.atomic import new_folder, write_new
 from sdxl_host.hookspecs import HOOKS
 from sdxl_host.plugins.discovery import (
     KNOWN_DISTRIBUTIONS,
@@ -238,17 +238,13 @@ def _import_lines(node: ast.Import | ast.ImportFrom, names: Sequence[str]) -> li
 
 def _write(target: Path, files: Mapping[str, str]) -> None:
     """Makes the folder `target` with the files, or nothing. Raises ConfigError."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        for file, text in files.items():
-            path = aside / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, "utf-8", newline="\n")
-        aside.rename(target)
+        with new_folder(target) as folder:
+            for file, text in files.items():
+                path = folder / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_new(path, text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{target}: can't be written ({error.strerror}); choose another folder with --out"
         ) from error
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)

@@ -95,15 +95,16 @@ def _folder(given: str | None) -> Path:
 
 
 def _write(folder: Path, text: str, before: Curve, after: Curve, config: RunConfig) -> None:
+    from sdxl_host.files.atomic import write_file
     from sdxl_host.planning.chart import draw_curves
+    from sdxl_host.sampling.grid import to_png
 
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
     image = draw_curves(before, after, f"plugins: {names}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(text, "utf-8")
-        (folder / CURVES_FILE).write_text(_csv(before, after), "utf-8")
-        image.save(folder / IMAGE_FILE)
+        write_file(folder / CONFIG_FILE, text.encode("utf-8"))
+        write_file(folder / CURVES_FILE, _csv(before, after).encode("utf-8"))
+        write_file(folder / IMAGE_FILE, to_png(image))
     except OSError as error:
         raise DataError(
             f"--out {folder}: can't be written ({error.strerror}); give another folder"

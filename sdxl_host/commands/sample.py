@@ -46,7 +46,10 @@ def sample(arguments: Sequence[str]) -> int:
     )
     from sdxl_host.sampling.grid import save_grid
 
-    save_grid(options.out, pixels, options.prompt)
+    try:
+        save_grid(options.out, pixels, options.prompt)
+    except OSError as error:
+        raise _unwritable(options.out, error) from error
     print(f"images      {options.out}")
     return 0
 
@@ -167,17 +170,18 @@ def _check_for_training(word: str) -> None:
 
 def _check_out(out: Path) -> None:
     """Sees that the image can be written before it is drawn."""
+    from sdxl_host.files.atomic import check_writable
+
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: must end with .png")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not out.exists()
-        with open(out, "ab"):
-            pass
-        if is_new:
-            out.unlink()
+        check_writable(out)
     except OSError as error:
-        raise DataError(f"--out {out}: can't be written ({error.strerror})") from error
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> DataError:
+    return DataError(f"--out {out}: can't be written ({error.strerror}); give another place")
 
 
 def _sampler(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["save_grid", "to_bytes"]
+from sdxl_host.files.atomic import write_file
+
+__all__ = ["save_grid", "to_bytes", "to_png"]
 
 _SMALLEST = 128  # pixels a side; smaller images are enlarged by a whole factor
 _LINE = 12
@@ -24,8 +26,7 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def save_grid(path: Path, pixels: np.ndarray, captions: Sequence[str]) -> None:
-    """Writes images (B, 3, H, W) in [-1, 1] as a PNG, each above its caption; whole or not at
-    all."""
+    """Writes images (B, 3, H, W) in [-1, 1] as a PNG, each above its caption. Raises OSError."""
     images = [Image.fromarray(image) for image in to_bytes(pixels)]
     factor = max(1, -(-_SMALLEST // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
@@ -41,7 +42,11 @@ def save_grid(path: Path, pixels: np.ndarray, captions: Sequence[str]) -> None:
         grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         for row, line in enumerate(text):
             draw.text((left, top + height + row * _LINE), line, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    grid.save(aside, format="PNG")
-    os.replace(aside, path)
+    write_file(path, to_png(grid))
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()

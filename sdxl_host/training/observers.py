@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sdxl_host.checkpoints.layout import CHECKPOINTS, checkpoint_folder
 from sdxl_host.checkpoints.write import remove_older
 from sdxl_host.errors import DataError, HostError
-from sdxl_host.files.atomic import sync
+from sdxl_host.files.atomic import open_no_follow, write_file
 from sdxl_host.plugins.step_result import StepResult
 from sdxl_host.settings.schema import TrainSettings
 
@@ -111,12 +111,8 @@ class Metrics:
                 last = resumed_step if is_kept else resumed_step - 1
                 lines = path.read_text("utf-8").splitlines()
                 kept = [line for line in lines if _step_of(line) in range(1, last + 1)]
-            aside = path.with_name(f".{path.name}.partial")
-            aside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-            sync(aside)
-            os.replace(aside, path)
-            sync(path.parent)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            write_file(path, "".join(f"{line}\n" for line in kept).encode("utf-8"))
+            self._file = open(path, "a", encoding="utf-8", opener=open_no_follow)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise _unwritable(path, error) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import time
 import weakref
 from pathlib import Path
@@ -15,6 +14,7 @@ from sdxl_host.checkpoints.layout import CHECKPOINTS, OPTIMIZER_FILE
 from sdxl_host.checkpoints.open import Checkpoint
 from sdxl_host.config.load import RunConfig
 from sdxl_host.errors import DataError
+from sdxl_host.files.atomic import open_no_follow, write_file
 from sdxl_host.training.distributed import Workers
 
 __all__ = ["RunFolder", "settings_text", "started_from"]
@@ -37,7 +37,7 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint | None, workers: Workers) -> None:
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         self.settings = settings_text(config, started_from(config, checkpoint))
         path = self._make(config, checkpoint) if workers.is_main_process else Path()
         self.path = Path(workers.texts(str(path))[0])
@@ -53,12 +53,11 @@ class RunFolder:
                 _refuse_used(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 - see release
+            # Not truncated and not followed where it is a link: it is only there to be locked.
+            self._lock = open(folder / _LOCK, "ab", opener=open_no_follow)  # noqa: SIM115 - see release
             weakref.finalize(self, self._lock.close)  # where a run never comes so far
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            aside = folder / ".config.yaml.partial"
-            aside.write_text(self.settings, "utf-8")
-            os.replace(aside, folder / "config.yaml")
+            write_file(folder / "config.yaml", self.settings.encode("utf-8"))
         except BlockingIOError as error:
             raise DataError(
                 f"{folder}: another run is at work in it; wait until it ends, or choose another "

@@ -1,25 +1,23 @@
 """Writing weights for other programs: a single safetensors file, or a diffusers folder.
 
-Streaming: one tensor is in memory at a time. Everything is written under another name, synced and
-renamed, so that a target is whole or not there.
+Streaming: one tensor is in memory at a time. A target is whole or not there (see `files.atomic`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.atomic import sync, write_new
+from sdxl_host.files.atomic import new_folder, write_file, write_new
 from sdxl_host.files.tensors import DTYPES, SAFETENSORS_NAMES, Source
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
@@ -100,8 +98,9 @@ def write_single_file(
     groups = [_single(name, source, dtype) for name in expected]
     groups += [_Group(((name, (0,)),), "fp32", _nothing) for name in markers]
     total = sum(group.nbytes for group in groups)
-    with _aside(path, total) as partial:
-        _write_safetensors(partial, groups, metadata or {}, _Meter(total, progress))
+    meter = _Meter(total, progress)
+    with _checked(path, total):
+        write_file(path, lambda file: _write_safetensors(file, groups, metadata or {}, meter))
     return total
 
 
@@ -137,8 +136,7 @@ def write_diffusers(
     total = sum(group.nbytes for groups in components.values() for group in groups)
     meter = _Meter(total, progress)
     headers = _component_metadata(source, components, dict(metadata or {}), dtype)
-    with _aside(folder, total) as partial:
-        partial.mkdir()
+    with _checked(folder, total), new_folder(folder) as partial:
         for component, groups in components.items():
             (partial / component).mkdir()
             stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
@@ -247,13 +245,11 @@ def _converted(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 @contextmanager
-def _aside(target: Path, total: int) -> Iterator[Path]:
-    """A place beside the target, which becomes the target where all went well and is removed
-    where it did not. Raises DataError when the target is there, or when the disk is too small or
-    fails."""
+def _checked(target: Path, total: int) -> Iterator[None]:
+    """Raises DataError when the target is there, or when the disk is too small for `total` bytes or
+    fails while they are written."""
     if target.exists() or target.is_symlink():
         raise DataError(f"{target}: is there already, and is not overwritten; give another name")
-    partial = target.with_name(f".{target.name}.partial")
     existing = next(folder for folder in target.absolute().parents if folder.is_dir())
     try:
         free = shutil.disk_usage(existing).free
@@ -262,21 +258,12 @@ def _aside(target: Path, total: int) -> Iterator[Path]:
                 f"{target}: needs {_gigabytes(total + _MARGIN)} and its disk has "
                 f"{_gigabytes(free)} free; free some space or choose another place"
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        yield partial
-        if partial.is_dir():
-            for inner in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-                sync(inner)
-        os.replace(partial, target)
-        sync(target.parent)
+        yield
     except OSError as error:
         raise DataError(
             f"{target}: can't be written ({error.strerror or error}); nothing was left behind; "
             "free some space or choose another place"
         ) from error
-    finally:
-        _remove(partial)
 
 
 def _write_component(
@@ -297,12 +284,18 @@ def _write_component(
         shards[-1].append(group)
         filled += group.nbytes
     if len(shards) == 1:
-        _write_safetensors(folder / f"{stem}.safetensors", groups, metadata, meter)
+        write_new(
+            folder / f"{stem}.safetensors",
+            lambda file: _write_safetensors(file, groups, metadata, meter),
+        )
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard, metadata, meter)
+        write_new(
+            folder / name,
+            lambda file, shard=shard: _write_safetensors(file, shard, metadata, meter),
+        )
         weight_map |= {tensor: name for group in shard for tensor, _ in group.tensors}
     size = sum(group.nbytes for group in groups)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -310,9 +303,9 @@ def _write_component(
 
 
 def _write_safetensors(
-    path: Path, groups: Sequence[_Group], metadata: Mapping[str, str], meter: _Meter
+    file: BinaryIO, groups: Sequence[_Group], metadata: Mapping[str, str], meter: _Meter
 ) -> None:
-    """A new safetensors file: the header's length, the header, the tensors; synced.
+    """Writes a safetensors file: the header's length, the header, the tensors.
 
     The largest numbers come first, so that each tensor begins at a multiple of its precision,
     which torch needs.
@@ -332,17 +325,14 @@ def _write_safetensors(
             at = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for group in ordered:
-            for (name, shape), array in zip(group.tensors, group.make(), strict=True):
-                if array.shape != shape or array.dtype != DTYPES[group.dtype]:
-                    raise AssertionError(f"{name}: made as {array.dtype} {array.shape}")
-                file.write(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
-            meter.add(group.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for group in ordered:
+        for (name, shape), array in zip(group.tensors, group.make(), strict=True):
+            if array.shape != shape or array.dtype != DTYPES[group.dtype]:
+                raise AssertionError(f"{name}: made as {array.dtype} {array.shape}")
+            file.write(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
+        meter.add(group.nbytes)
 
 
 def _write_config(folder: Path, key: str, config: Mapping[str, Any]) -> None:
@@ -363,13 +353,6 @@ def _write_config(folder: Path, key: str, config: Mapping[str, Any]) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_new(path, (json.dumps(content, indent=2) + "\n").encode("utf-8"))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _gigabytes(count: int) -> str:

@@ -435,18 +435,18 @@ def test_a_failure_leaves_nothing_half_written(
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
 ) -> None:
-    write_text, count = Path.write_text, 0
+    write_new, count = command.write_new, 0
 
-    def fail(path: Path, *arguments: Any, **options: Any) -> int:
+    def fail(path: Path, content: bytes) -> None:
         nonlocal count
         count += 1
         if count == 3:
             assert list(here.iterdir())  # so far it stands aside
             assert not (here / "ash").exists()
             raise error
-        return write_text(path, *arguments, **options)
+        write_new(path, content)
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(command, "write_new", fail)
     code = main(["new-plugin", "ash"])
     assert count == 3
     assert not list(here.iterdir())

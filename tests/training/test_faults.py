@@ -211,6 +211,15 @@ def test_a_file_where_a_folder_belongs_or_a_folder_where_a_file_does(
         loads(folder, 1)
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "theirs").write_text("kept")
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(tmp_path / "theirs")
+    assert refused(folder, "--total_step=1").startswith(f"{folder}: can't be written (")
+    assert (tmp_path / "theirs").read_text() == "kept"
+
+
 # ---- damaged checkpoints
 
 

@@ -501,44 +501,6 @@ def test_an_interrupt_leaves_nothing(small_model, tmp_path, kind):
     assert left_in(tmp_path) == []
 
 
-@KINDS
-def test_what_a_crash_left_is_cleared(small_model, source, tmp_path, kind):
-    """It has the name of what the next attempt writes."""
-    for leftover in (tmp_path / ".out.partial", tmp_path / ".other.partial"):
-        leftover.mkdir()
-        (leftover / "unet").mkdir()
-    write(kind, tmp_path / "out", source, small_model)
-    assert left_in(tmp_path) == [".other.partial", "out"]
-
-
-@KINDS
-def test_files_are_synced_before_the_name_is_given(
-    small_model, source, tmp_path, monkeypatch, kind
-):
-    """Every file's contents, then the rename, then the folder it is in."""
-    events: list[str] = []
-    replace, fsync = os.replace, os.fsync
-
-    def synced(descriptor: int) -> None:
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    def renamed(old, new) -> None:
-        events.append("rename")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", renamed)
-    write(kind, tmp_path / "out", source, small_model)
-    place = events.index("rename")
-    assert events[place + 1 :] == [str(tmp_path)]
-    target = tmp_path / "out"
-    paths = [target, *target.rglob("*")]
-    partial = str(tmp_path / ".out.partial")
-    written = {str(path).replace(str(target), partial, 1) for path in paths}
-    assert set(events[:place]) == written
-
-
 # ---- metadata
 
 
