@@ -1,13 +1,17 @@
-"""Runs two commits on this machine and compares them bit by bit.
+"""Golden runs: compares two commits bit by bit, and writes the losses that the tests compare with.
 
     python scripts/golden.py --against REV            # this work tree against a commit
     python scripts/golden.py --against REV --subsets  # the same, over all 16 subsets of the plugins
     python scripts/golden.py --record FILE [--subsets]
     python scripts/golden.py --compare FILE [--subsets]
+    python scripts/golden.py --write-losses
 
-Each run trains configs/tiny.yaml with a fixed seed, compiled, and gives `metrics.jsonl` and the
-SHA-256 of the weights in its last checkpoint. Where two runs differ, the largest relative
-difference of their losses is printed. Exit code 1 where anything differs.
+The first four train configs/tiny.yaml with a fixed seed, compiled, once for each case. Each run
+gives `metrics.jsonl` and the SHA-256 of the weights in its last checkpoint. Where two runs differ,
+the largest relative difference of their losses is printed. Exit code 1 where anything differs.
+
+The last trains the same cases eagerly in this process and writes their losses to
+tests/golden/losses.json. tests/laws/test_golden_run.py compares with them on any CPU.
 
 A work tree is run by the environment that runs this script, which must have the host and the four
 plugins installed; the tree's own sources go before those.
@@ -23,11 +27,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
+LOSSES = ROOT / "tests" / "golden" / "losses.json"
 PLUGINS = ("edm", "snr", "timestep_bias", "lpw")
 # Options that make each plugin do something at this size.
 FLAGS = {
@@ -41,27 +47,34 @@ FLAGS = {
 Outcome = dict[str, str]
 
 
-def cases(with_subsets: bool) -> dict[str, list[str]]:
-    """The runs by name, each with its arguments."""
-    if with_subsets:
-        chosen = [s for n in range(5) for s in itertools.combinations(PLUGINS, n)]
-        steps = 3
-    else:
-        chosen, steps = [(), ("edm", "snr"), PLUGINS], 20
-    return {
-        ",".join(names) or "none": [
-            *("--plugins", ",".join(names) or "none", "--total_step", str(steps)),
-            *(word for name in names for word in FLAGS.get(name, ())),
-        ]
-        for names in chosen
-    }
+@dataclass(frozen=True)
+class Case:
+    """A run: its plugins in order, and how many updates it has."""
+
+    plugins: tuple[str, ...]
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """The plugins as `--plugins` takes them."""
+        return ",".join(self.plugins) or "none"
+
+    @property
+    def flags(self) -> list[str]:
+        """The arguments that give the plugins their options."""
+        return [word for name in self.plugins for word in FLAGS.get(name, ())]
 
 
-def run(tree: Path, words: list[str]) -> Outcome:
+LONG = [Case(names, 20) for names in ((), ("edm", "snr"), PLUGINS)]
+SUBSETS = [Case(names, 3) for n in range(5) for names in itertools.combinations(PLUGINS, n)]
+
+
+def run(tree: Path, case: Case) -> Outcome:
     """One run of a work tree: the text of its metrics, and the digest of each file of weights."""
     path = [tree, *sorted((tree / "plugins").glob("sdxl_*")), *sys.path[1:]]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sdxl_host", "train", "--config", "tiny.yaml", *words]
+        command = [sys.executable, "-m", "sdxl_host", "train", "--config", "tiny.yaml"]
+        command += ["--plugins", case.name, "--total_step", str(case.steps), *case.flags]
         command += ["--ms_mode", "0", "--save_path", folder, "--save_path_with_time", "False"]
         done = subprocess.run(
             command,
@@ -87,10 +100,26 @@ def run(tree: Path, words: list[str]) -> Outcome:
 def run_all(tree: Path, with_subsets: bool) -> dict[str, Outcome]:
     """Every run of a work tree."""
     outcomes = {}
-    for name, words in cases(with_subsets).items():
-        print(f"{tree.name}: {name}", file=sys.stderr, flush=True)
-        outcomes[name] = run(tree, words)
+    for case in SUBSETS if with_subsets else LONG:
+        print(f"{tree.name}: {case.name}", file=sys.stderr, flush=True)
+        outcomes[case.name] = run(tree, case)
     return outcomes
+
+
+def eager_losses(case: Case, folder: Path) -> list[float]:
+    """The loss of every step of a run in this process; `folder` is empty."""
+    from sdxl_host.testing import tiny_run
+
+    return tiny_run(case.plugins, folder=folder, steps=case.steps, flags=case.flags).losses
+
+
+def write_losses() -> None:
+    """Writes tests/golden/losses.json."""
+    losses = {}
+    for case in LONG:
+        with tempfile.TemporaryDirectory() as folder:
+            losses[case.name] = eager_losses(case, Path(folder) / "run")
+    LOSSES.write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
 
 
 def losses(outcome: Outcome) -> list[float]:
@@ -122,7 +151,11 @@ def main() -> int:
     what.add_argument("--against", metavar="REV", help="a commit to run too")
     what.add_argument("--record", metavar="FILE", type=Path, help="write what the runs gave")
     what.add_argument("--compare", metavar="FILE", type=Path, help="with what --record wrote")
+    what.add_argument("--write-losses", action="store_true", help=f"to {LOSSES.relative_to(ROOT)}")
     given = parser.parse_args()
+    if given.write_losses:
+        write_losses()
+        return 0
     if given.record:
         given.record.write_text(json.dumps(run_all(ROOT, given.subsets), indent=1), "utf-8")
         return 0
