@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdxl_host.commands.parser import Parser
-from sdxl_host.doctor.diagnosis import Finding, examine
+from sdxl_host.doctor.examine import Finding, examine
 
 __all__ = ["doctor"]
 

@@ -454,12 +454,11 @@ def run(site: Any, *words: str) -> subprocess.CompletedProcess[str]:
 # The doctor without its long trials of other packages and of MindSpore.
 DOCTOR = """
 import sys
-from sdxl_host.doctor import diagnosis
+from sdxl_host.doctor import backend, packages
 from sdxl_host.cli import main
 from sdxl_host.processes import Child
-from sdxl_host.doctor.trials import Trial
-diagnosis.try_packages = lambda names: {name: Trial() for name in names}
-diagnosis.try_mindspore = lambda: ({}, Child([], "", ""))
+packages.import_all = lambda names: {}
+backend.start = lambda: ({}, Child([], "", ""))
 sys.exit(main(["doctor"]))
 """
 
