@@ -7,15 +7,11 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import importlib_metadata
 import numpy as np
 import pytest
 import yaml
@@ -78,12 +74,6 @@ def test_settings_in_yaml_and_toml_can_be_read():
     assert all(yaml.safe_load(block) for page in PAGES for block in fenced(page, "yaml"))
     tables = [tomllib.loads(block) for page in PAGES for block in fenced(page, "toml") if block]
     assert len(tables) >= 3
-
-
-def test_there_are_the_pages():
-    names = {relative(page) for page in PAGES}
-    assert {"README.md", "docs/plugins.md", "docs/hooks.md", "docs/compatibility.md"} <= names
-    assert {f"plugins/sdxl_{name}/README.md" for name in PLUGINS} <= names
 
 
 def test_the_plugin_of_the_readme_is_the_one_that_is_shipped():
@@ -420,17 +410,6 @@ def test_blocks_share_their_names_in_order(tmp_path: Path):
     assert (last.path, last.lineno + 1) == (page, 6)
 
 
-def test_blocks_are_read_as_a_module_of_their_own(tmp_path: Path):
-    """The script's own `from __future__` is not theirs, and dataclasses find their annotations."""
-    text = (
-        "```python\nimport dataclasses, typing\n@dataclasses.dataclass\nclass A:\n    x: int = 1\n"
-    )
-    text += "assert dataclasses.fields(A)[0].type is int\nassert typing.get_type_hints(A)\n```\n"
-    before = set(sys.modules)
-    write_docs.rendered(page_of(tmp_path, text))
-    assert not [name for name in set(sys.modules) - before if name.startswith("page_")]
-
-
 def test_a_block_may_say_why_it_is_not_run(tmp_path: Path):
     text = "<!-- not run: a fragment -->\n```python\nnothing(\n```\n"
     page = page_of(tmp_path, text)
@@ -463,21 +442,6 @@ def test_a_comment_that_means_nothing_is_refused(tmp_path: Path, text: str, mess
         write_docs.rendered(page_of(tmp_path, text))
 
 
-def test_commands_see_the_packages_that_the_comment_names(tmp_path: Path):
-    usual = importlib_metadata.entry_points
-    width = os.environ.get("COLUMNS")
-    page = page_of(tmp_path, "<!-- output: sdxl-host plugins; installed: lpw -->\n<!-- end -->\n")
-    lines = write_docs.rendered(page).splitlines()
-    assert lines[2] == "$ sdxl-host plugins"
-    assert [line.split()[0] for line in lines[4:-2]] == ["lpw"]
-    assert importlib_metadata.entry_points is usual
-    assert os.environ.get("COLUMNS") == width
-
-
-def test_a_table_escapes_what_would_end_a_cell():
-    assert write_docs._markdown(["a"], [["x | y"]]) == "| a |\n| --- |\n| x \\| y |\n"
-
-
 def test_check_names_the_pages_that_are_out_of_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -493,15 +457,3 @@ def test_check_names_the_pages_that_are_out_of_date(
     assert page.read_text("utf-8") == PRINTED.format("```\n2\n```\n")
     assert write_docs.main(["--check"]) == 0
     assert write_docs.main(["--chekc"]) == 2
-
-
-def test_the_script_runs_by_itself():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "write_docs.py", "--chekc"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "usage: python scripts/write_docs.py [--check]\n"
