@@ -202,9 +202,9 @@ def fill(device: str, deterministic: ModuleType) -> Callable[..., dict]:
 
     Returns its parameters by their names in the single file, each of which begins with `prefix`.
     """
-    from sdxl_host.files.tensors import Source
     from sdxl_host.weights.load import load
     from sdxl_host.weights.names import single_file_parameters
+    from sdxl_host.weights.source import Source
 
     def fill_cell(cell, prefix: str) -> dict:
         parameters = single_file_parameters(cell, prefix)
@@ -219,7 +219,8 @@ def fill(device: str, deterministic: ModuleType) -> Callable[..., dict]:
 def small_model(device: str, deterministic: ModuleType) -> SimpleNamespace:
     """SDXL's structure, small: `architecture`, and `arrays`, weights by their names in the single
     file, float32 but for the int64 `position_ids`."""
-    from sdxl_host.weights.architecture import Architecture, Encoder, expected_shapes
+    from sdxl_host.weights.architecture import Architecture, Encoder
+    from sdxl_host.weights.shapes import expected_shapes
 
     architecture = Architecture(
         unet={

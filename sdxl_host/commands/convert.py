@@ -79,7 +79,6 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
 
     prepare_device("CPU")
     from sdxl_host.checkpoints.layout import AVERAGES_FILE
-    from sdxl_host.weights.architecture import completed
     from sdxl_host.weights.export import write_diffusers, write_single_file
     from sdxl_host.weights.metadata import (
         SDXL_SCALE_FACTOR,
@@ -90,18 +89,19 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
         scheduler_config,
     )
     from sdxl_host.weights.open import open_all
+    from sdxl_host.weights.shapes import complete
 
     if options.last_weights and not any((path / AVERAGES_FILE).is_file() for path in paths):
         raise ConfigError(
             "--last-weights: SRC keeps no moving averages, so its weights are those of the last "
             "step; leave the flag out"
         )
-    source = open_all(paths, use_averages=not options.last_weights)
+    source = open_all(paths, use_ema=not options.last_weights)
     print(f"source      {source.description}")
     for note in source.notes:
         print(f"note        {note}")
     stated = source.architecture
-    architecture = completed(stated, source.shapes, head_width=head_width or 64)
+    architecture = complete(stated, source.shapes, head_width=head_width or 64)
     if head_width is not None and stated is not None and _same_heads(stated, architecture):
         raise ConfigError(
             f"--head_width {head_width}: {source.description} says itself how wide its heads are; "

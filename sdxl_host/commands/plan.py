@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sdxl_host.planning.curves import Curve
     from sdxl_host.planning.memory import Part
     from sdxl_host.plugins.hooks import Hooks
-    from sdxl_host.weights.open import Source
+    from sdxl_host.weights.source import Source
 
 __all__ = ["plan"]
 
@@ -130,13 +130,14 @@ def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
     from sdxl_host.plugins.hooks import make_hooks
     from sdxl_host.training.resume import find_checkpoint
     from sdxl_host.training.summary import samples_of
-    from sdxl_host.weights.parts import check_fit, open_weight, weight_lines
+    from sdxl_host.weights.networks import check_fit, weight_lines
+    from sdxl_host.weights.open import open_weight_setting
 
     dataset, optimizer_notes = _other_sections(config)
     # Of one device: how many there will be is not known here.
     update = config.data.per_batch_size * config.train.gradient_accumulation_steps
     checkpoint, _ = find_checkpoint(config, samples_of(update, dataset))
-    source = open_weight(config.train.weight) if checkpoint is None else None
+    source = open_weight_setting(config.train.weight) if checkpoint is None else None
 
     asked = make_hooks(config.plugins)
     if checkpoint is not None:

@@ -30,7 +30,7 @@ def sample(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(list(arguments))
     _check(options, rest)
 
-    from sdxl_host.sampling.samplers import own_if_auto
+    from sdxl_host.sampling.samplers import none_if_auto
 
     sampler, notes = _sampler(options, rest)
     for note in notes:
@@ -41,8 +41,8 @@ def sample(arguments: Sequence[str]) -> int:
         options.guidance_scale,
         options.seed,
         negative_prompt=options.negative_prompt,
-        sampler=own_if_auto(options.sampler),
-        spacing=own_if_auto(options.spacing),
+        sampler=none_if_auto(options.sampler),
+        spacing=none_if_auto(options.spacing),
     )
     from sdxl_host.sampling.grid import save_grid
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from sdxl_host.data.captions import Captioned, read_folder
+from sdxl_host.data.folder import Captioned, read_folder
 from sdxl_host.data.transforms import Transform
 from sdxl_host.errors import DataError, did_you_mean
 from sdxl_host.settings.targets import build
@@ -43,7 +43,7 @@ class Sample:
 
 
 class Text2ImageDataset:
-    """A folder of captioned images (see `captions.read_folder`).
+    """A folder of captioned images (see `folder.read_folder`).
 
     Args:
         target_size: side of the square that the network sees, in pixels.

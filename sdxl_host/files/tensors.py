@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -15,13 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from sdxl_host.errors import DataError
 
-if TYPE_CHECKING:
-    from sdxl_host.weights.architecture import Architecture
-
 __all__ = [
     "DTYPES",
     "SAFETENSORS_NAMES",
-    "Source",
     "Tensors",
     "open_safetensors",
     "over",
@@ -62,20 +58,6 @@ class Tensors:
     dtypes: Mapping[str, str]
     read: Callable[[str], np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source(Tensors):
-    """Weights in some file format, under the names of the original single file.
-
-    description: what it is, for messages. architecture: what the format states of it, which may be
-    some parts of those that there are tensors of. notes: what was left out, made up or replaced,
-    and why; lines for the user.
-    """
-
-    description: str = ""
-    architecture: Architecture | None = None
-    notes: tuple[str, ...] = ()
 
 
 T = TypeVar("T", bound=Tensors)

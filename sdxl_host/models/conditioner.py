@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders, unconditional
-from sdxl_host.models.embedding import sinusoids
+from sdxl_host.models.layers import sinusoids
 from sdxl_host.models.text_encoders import BEGIN_OF_TEXT, CONTEXT_LENGTH, END_OF_TEXT
 from sdxl_host.models.tokenizer import tokenize
 from sdxl_host.settings.targets import build

@@ -17,8 +17,7 @@ from sdxl_host.models.attention import (
     SpatialTransformer,
     mask_bias,
 )
-from sdxl_host.models.embedding import sinusoidal_embedding
-from sdxl_host.models.layers import Conv2d, Dense
+from sdxl_host.models.layers import Conv2d, Dense, sinusoidal_embedding
 
 __all__ = ["UNetModel"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_host.data.captions import Captioned
+from sdxl_host.data.folder import Captioned
 from sdxl_host.diffusion.conditioning import TextEncoder, TextEncoders
 from sdxl_host.plugins.hooks import Hooks
 

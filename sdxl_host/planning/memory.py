@@ -43,7 +43,7 @@ def model_parts(model: DiffusionModel) -> list[Part]:
     """
     from mindspore.nn.utils import no_init_parameters
 
-    from sdxl_host.weights.parts import change_network
+    from sdxl_host.weights.networks import change_network
 
     with no_init_parameters():
         cell = model.network

@@ -14,7 +14,8 @@ from sdxl_host.errors import ConfigError
 from sdxl_host.models.precision import check_precision, drawing_settings, set_precision
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.sampling.pipeline import KEYS, Conditions, ImageSampler
-from sdxl_host.weights.parts import check_fit, make_parts, open_weight, weight_lines
+from sdxl_host.weights.networks import build_networks, check_fit, weight_lines
+from sdxl_host.weights.open import open_weight_setting
 
 __all__ = ["restore_sampler", "weight_sampler"]
 
@@ -47,7 +48,7 @@ def restore_sampler(
         )
     averaged = has_averages if use_ema is None else use_ema
     settings, notes = drawing_settings(config.train)
-    make_parts(model, settings.seed, checkpoint=checkpoint, averaged=averaged)
+    build_networks(model, settings.seed, checkpoint=checkpoint, use_ema=averaged)
     set_precision(model, settings)
     hooks.load_state_dict(checkpoint.plugin_states())
     names = ", ".join(f"{p['name']} {p['version']}" for p in checkpoint.plugins) or "none"
@@ -75,13 +76,13 @@ def weight_sampler(
     do not fit the model.
     """
     check_precision(config.train)
-    source = open_weight(config.train.weight)
+    source = open_weight_setting(config.train.weight)
     hooks = make_hooks(config.plugins)
     model = hooks.build_model(config.tree)
     if "size" in told:
         usual = replace(usual, original_size=told["size"])
     conditions = _conditions(model, usual, told)
-    make_parts(model, config.train.seed, source)
+    build_networks(model, config.train.seed, source)
     set_precision(model, config.train)
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
     lines = [

@@ -31,7 +31,7 @@ __all__ = [
     "heun",
     "karras_sigmas",
     "noise_levels",
-    "own_if_auto",
+    "none_if_auto",
     "sample",
     "trailing_sigmas",
 ]
@@ -45,7 +45,7 @@ AUTO = "auto"  # of a setting: the model's own
 EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1
 
 
-def own_if_auto(name: str) -> str | None:
+def none_if_auto(name: str) -> str | None:
     """The name of a sampler or spacing, or None where the setting leaves it to the model."""
     return None if name == AUTO else name
 

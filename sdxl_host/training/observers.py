@@ -256,7 +256,7 @@ class Grids:
 
     def _draw(self, trainer: Trainer, file: Path) -> None:
         from sdxl_host.sampling.grid import save_grid
-        from sdxl_host.sampling.samplers import own_if_auto
+        from sdxl_host.sampling.samplers import none_if_auto
 
         settings = self._settings
         with trainer.averaged():
@@ -266,8 +266,8 @@ class Grids:
                 settings.guidance_scale,
                 settings.seed,
                 negative_prompt=settings.negative_prompt or None,
-                sampler=own_if_auto(settings.sampler),
-                spacing=own_if_auto(settings.spacing),
+                sampler=none_if_auto(settings.sampler),
+                spacing=none_if_auto(settings.spacing),
             )
         try:
             save_grid(file, pixels, self._prompts)

@@ -21,8 +21,8 @@ from sdxl_host.planning import curves
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.settings.schema import TrainSettings
 from sdxl_host.training.optimizer import Optimizer
-from sdxl_host.weights.open import Source
-from sdxl_host.weights.parts import weight_lines
+from sdxl_host.weights.networks import weight_lines
+from sdxl_host.weights.source import Source
 
 if TYPE_CHECKING:
     from sdxl_host.training.trainer import Trainer

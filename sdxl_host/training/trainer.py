@@ -49,7 +49,8 @@ from sdxl_host.training.resume import find_checkpoint
 from sdxl_host.training.run_folder import RunFolder
 from sdxl_host.training.signals import Interruption
 from sdxl_host.training.step import StepRunner, TrainStep
-from sdxl_host.weights.parts import check_fit, make_parts, open_weight
+from sdxl_host.weights.networks import build_networks, check_fit
+from sdxl_host.weights.open import open_weight_setting
 
 __all__ = ["Trainer"]
 
@@ -92,7 +93,7 @@ class Trainer:
         checkpoint, changes = find_checkpoint(
             config, summary.samples_of(self.batch_size, self.dataset)
         )
-        source = open_weight(settings.weight) if checkpoint is None else None
+        source = open_weight_setting(settings.weight) if checkpoint is None else None
         with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
             self.dataset.check(threads)
         own = self.batch_size // self.workers.count
@@ -114,7 +115,7 @@ class Trainer:
         self.save_path = self.folder.path
 
         # The networks, their weights, and the step that trains them.
-        self.parts = make_parts(self.model, settings.seed, source, checkpoint)
+        self.parts = build_networks(self.model, settings.seed, source, checkpoint)
         if self.workers.count > 1:
             self.workers.agree(self.parts.digest(), "weights")
         set_precision(self.model, settings)

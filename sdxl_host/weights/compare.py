@@ -1,4 +1,4 @@
-"""Whether weights fit: every tensor that is missing, unexpected or of another shape, at once."""
+"""Compares tensors with the expected ones; one error names all that do not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sdxl_host.errors import DataError
 
 if TYPE_CHECKING:
-    from sdxl_host.files.tensors import Source
+    from sdxl_host.weights.source import Source
 
 __all__ = ["compare", "compare_shapes"]
 
@@ -39,7 +39,7 @@ def compare_shapes(expected: Shapes, found: Shapes, source: str, remedy: str = _
         f"{problem} {', '.join(names)}"
         for problem, names in (
             ("lacks", _summary(missing, [name for name in expected if name in found])),
-            ("holds weights that the model has no place for:", _summary(unknown, expected)),
+            ("holds weights that the model does not have:", _summary(unknown, expected)),
             ("holds weights of another shape:", misshapen),
         )
         if names
@@ -51,7 +51,7 @@ def compare_shapes(expected: Shapes, found: Shapes, source: str, remedy: str = _
 def _summary(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """The names, but `all 517 of conditioner.embedders.1.` for a part that has none of `others`.
 
-    A part is what begins with the same words up to a dot; the largest such parts are taken.
+    A part is all names that begin with the same words up to a dot; the largest parts are named.
     """
     shared = {prefix for name in others for prefix in _prefixes(name)}
     parts: dict[str, list[str]] = {}
@@ -65,6 +65,6 @@ def _summary(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """`a.b.c` -> `a.`, `a.b.`: the parts that a tensor lies in, the largest first."""
+    """`a.b.c` -> `a.`, `a.b.`: the parts that a tensor belongs to, the largest first."""
     words = name.split(".")
     return [".".join(words[:count]) + "." for count in range(1, len(words))]

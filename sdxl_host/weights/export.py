@@ -18,18 +18,19 @@ import numpy as np
 
 from sdxl_host.errors import DataError
 from sdxl_host.files.atomic import new_folder, write_file, write_new
-from sdxl_host.files.tensors import DTYPES, SAFETENSORS_NAMES, Source
+from sdxl_host.files.tensors import DTYPES, SAFETENSORS_NAMES
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
     NETWORK_PREFIX,
     Architecture,
     embedder_prefix,
-    expected_shapes,
 )
 from sdxl_host.weights.compare import compare
 from sdxl_host.weights.formats.diffusers_configs import DIFFUSERS_VERSION, diffusers_configs
 from sdxl_host.weights.formats.diffusers_names import places, split, split_shapes
 from sdxl_host.weights.metadata import LOGIT_SCALE, SDXL_SCALE_FACTOR
+from sdxl_host.weights.shapes import expected_shapes
+from sdxl_host.weights.source import Source
 
 __all__ = ["SHARD_BYTES", "write_diffusers", "write_single_file"]
 

@@ -1,4 +1,4 @@
-"""Weights put into cells: every parameter from the tensor of its name."""
+"""Loads weights into cells: every parameter from the tensor of its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor
 from sdxl_host.weights.compare import compare_shapes
 
 if TYPE_CHECKING:
-    from sdxl_host.files.tensors import Source
+    from sdxl_host.weights.source import Source
 
 __all__ = ["load"]
 
@@ -19,10 +19,9 @@ __all__ = ["load"]
 def load(parameters: Mapping[str, Parameter], source: Source, parts: Sequence[str] = ("",)) -> None:
     """Sets every parameter from the source's tensor of its name, one tensor at a time.
 
-    parts: what of the source to take, as beginnings of names such as `model.diffusion_model.`;
-    the rest is none of these parameters' business, nor is CLIP-L's constant `position_ids`. Strict:
-    every missing, unexpected or misshapen one is named in one DataError; nothing is changed unless
-    all fit.
+    parts: beginnings of the names to load, such as `model.diffusion_model.`; other tensors of the
+    source are ignored, and so are CLIP-L's constant `position_ids`. Raises one DataError that names
+    every missing, unexpected and misshapen tensor; then no parameter has been changed.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {

@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import Source
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
     INITIAL_LOGIT_SCALE,
     NETWORK_PREFIX,
     Architecture,
-    joint,
+    merge,
 )
+from sdxl_host.weights.formats.checkpoint import open_checkpoint_weights
 from sdxl_host.weights.formats.diffusers_folder import open_diffusers
 from sdxl_host.weights.formats.mindspore_file import open_mindspore
-from sdxl_host.weights.formats.own_checkpoint import open_own_checkpoint
 from sdxl_host.weights.formats.single_file import open_single_file
 from sdxl_host.weights.metadata import NETWORK_KEYS, SCALE_FACTOR, recorded_objective
+from sdxl_host.weights.source import Source
 
-__all__ = ["Source", "open_all", "open_weights"]
+__all__ = ["open_all", "open_weight_setting", "open_weights"]
 
-# What a file of torch begins with: a zip archive, or a pickle of protocol 2 to 5.
+# The first bytes of files that torch writes: a zip archive, or a pickle of protocol 2 to 5.
 _ZIP = b"PK\x03\x04"
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _TORCH = (".bin", ".pt", ".pth")
@@ -44,25 +44,38 @@ def open_weights(path: Path) -> Source:
     checkpoint, and a checkpoint folder of this program. Raises DataError for anything else, and
     for whatever is damaged. A torch file is refused: it may hold code.
     """
-    return _completed(_open(path))
+    return _with_constants(_open(path))
 
 
-def open_all(paths: Sequence[Path], use_averages: bool = True) -> Source:
-    """Several sources as one; of two of a tensor the later counts. Raises DataError.
+def open_weight_setting(weight: str) -> Source | None:
+    """The weights of the setting `--weight`, or None where it is empty. Raises DataError.
 
-    What the U-Net predicts, and how it was trained, is said by the last source with a U-Net.
-    use_averages: as in `open_own_checkpoint`.
+    weight: a path that `open_weights` reads, or several with commas between them as in `open_all`.
     """
-    opened = [_open(path, use_averages) for path in paths]
-    metadata, notes = _joint_metadata(opened)
-    merged = reduce(_over, opened)
-    return _completed(replace(merged, metadata=metadata, notes=(*merged.notes, *notes)))
+    if not weight:
+        return None
+    paths = [Path(path.strip()).expanduser() for path in weight.split(",") if path.strip()]
+    if not paths:
+        raise DataError(f"--weight {weight!r}: names no file; give one, or leave it out")
+    return open_all(paths)
 
 
-def _open(path: Path, use_averages: bool = True) -> Source:
+def open_all(paths: Sequence[Path], use_ema: bool = True) -> Source:
+    """Several files or folders as one; a later one's tensors replace those of an earlier one.
+
+    The metadata of the U-Net (its objective and training) are those of the last file with a U-Net.
+    use_ema: as in `open_checkpoint_weights`. Raises DataError.
+    """
+    opened = [_open(path, use_ema) for path in paths]
+    metadata, notes = _merge_metadata(opened)
+    merged = reduce(_merge, opened)
+    return _with_constants(replace(merged, metadata=metadata, notes=(*merged.notes, *notes)))
+
+
+def _open(path: Path, use_ema: bool = True) -> Source:
     if path.is_dir():
         if (path / "state.json").is_file():
-            return open_own_checkpoint(path, use_averages)
+            return open_checkpoint_weights(path, use_ema)
         if (path / "model_index.json").is_file() or (path / "config.json").is_file():
             return open_diffusers(path)
         raise DataError(
@@ -86,8 +99,8 @@ def _open(path: Path, use_averages: bool = True) -> Source:
     raise DataError(f"{path}: is of no kind that is read; give {_READABLE}")
 
 
-def _over(first: Source, later: Source) -> Source:
-    """Both, the later one's tensors in front; without metadata."""
+def _merge(first: Source, later: Source) -> Source:
+    """The tensors of both, without metadata; the later one's replace those of the same name."""
     notes = [*first.notes, *later.notes]
     replaced = sum(name in first.shapes for name in later.shapes)
     if replaced:
@@ -97,28 +110,28 @@ def _over(first: Source, later: Source) -> Source:
         dtypes={**first.dtypes, **later.dtypes},
         read=lambda name: (later if name in later.shapes else first).read(name),
         description=f"{first.description}, {later.description}",
-        architecture=_joint(first, later),
+        architecture=_merge_architectures(first, later),
         notes=tuple(notes),
     )
 
 
-def _joint(first: Source, later: Source) -> Architecture | None:
-    """What two sources state together. Raises DataError where both state a part and it differs."""
+def _merge_architectures(first: Source, later: Source) -> Architecture | None:
+    """The parts that either states. Raises DataError where both state a part and it differs."""
     if first.architecture is None or later.architecture is None:
         return later.architecture or first.architecture
     names = (first.description, later.description)
-    return joint(first.architecture, later.architecture, names)
+    return merge(first.architecture, later.architecture, names)
 
 
-def _joint_metadata(sources: Sequence[Source]) -> tuple[dict[str, str], list[str]]:
-    """What all sources say, each of its own tensors, and notes on what is taken over.
+def _merge_metadata(sources: Sequence[Source]) -> tuple[dict[str, str], list[str]]:
+    """The metadata that hold for the merged tensors, and notes for the user.
 
-    The latents' scale belongs to the autoencoder, and `NETWORK_KEYS` to the U-Net, as a whole: a
-    key that a later U-Net's source leaves out is not filled from an earlier one, unless it states
-    no objective at all. Of the rest the later counts.
+    The latents' scale is that of the last source with an autoencoder. `NETWORK_KEYS` describe the
+    U-Net and are taken from one source as a whole: the last one with a U-Net that states an
+    objective. Of all other keys the last value is taken.
     """
-    said = {key: value for source in sources for key, value in source.metadata.items()}
-    others = {key: value for key, value in said.items() if key not in NETWORK_KEYS}
+    latest = {key: value for source in sources for key, value in source.metadata.items()}
+    others = {key: value for key, value in latest.items() if key not in NETWORK_KEYS}
     for source in sources:
         if SCALE_FACTOR in source.metadata and _holds(source, AUTOENCODER_PREFIX):
             others[SCALE_FACTOR] = source.metadata[SCALE_FACTOR]
@@ -129,11 +142,11 @@ def _joint_metadata(sources: Sequence[Source]) -> tuple[dict[str, str], list[str
             holding = source
         elif holding is not None:
             continue
-        own = {key: value for key, value in source.metadata.items() if key in NETWORK_KEYS}
-        if recorded_objective(own) is None:
-            network |= own
+        stated = {key: value for key, value in source.metadata.items() if key in NETWORK_KEYS}
+        if recorded_objective(stated) is None:
+            network |= stated
         else:
-            network, stating = own, source
+            network, stating = stated, source
     notes = []
     if holding is not None and stating is not None and holding is not stating:
         notes.append(
@@ -147,15 +160,15 @@ def _holds(source: Source, prefix: str) -> bool:
     return any(name.startswith(prefix) for name in source.shapes)
 
 
-# ---- what no file needs to hold
+# ---- tensors that files may lack
 
 
-def _completed(source: Source) -> Source:
-    """The source with the two tensors that are no trained weights where it lacks them.
+def _with_constants(source: Source) -> Source:
+    """The source with the two tensors that SDXL does not need trained, added where they are absent.
 
-    CLIP-L's `position_ids` are always 0, 1, ...: some programs store them in float16, or damage
-    them when merging files. `logit_scale` scales similarities, which SDXL never computes; it is
-    made up as what CLIP's training starts from.
+    CLIP-L's `position_ids` are always 0, 1, ...; some programs store them in float16, or damage
+    them when they merge files. `logit_scale` scales similarities, which SDXL never computes; it is
+    set to the value from which CLIP's training starts.
     """
     made: dict[str, np.ndarray] = {}
     notes = list(source.notes)
@@ -164,14 +177,14 @@ def _completed(source: Source) -> Source:
             ids = name.replace("position_embedding.weight", "position_ids")
             made[ids] = np.arange(shape[0], dtype=np.int64)[None]
             if ids not in source.shapes:
-                notes.append(f"{ids} made up: 0 to {shape[0] - 1}, as it always is")
+                notes.append(f"{ids} added: 0 to {shape[0] - 1}, as it always is")
             elif source.dtypes[ids] != "int64" or not np.array_equal(source.read(ids), made[ids]):
                 notes.append(f"{ids} replaced: it is not 0 to {shape[0] - 1} in int64")
         if name.endswith(".model.text_projection"):
             scale = name.replace("text_projection", "logit_scale")
             if scale not in source.shapes:
                 made[scale] = np.array(INITIAL_LOGIT_SCALE, np.float32)
-                notes.append(f"{scale} made up: log(1/0.07); it has no effect on images")
+                notes.append(f"{scale} added: log(1/0.07); it has no effect on images")
     dtypes = {name: "int64" if array.ndim else "fp32" for name, array in made.items()}
     return replace(
         source,

@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 import sdxl_host
 from sdxl_host.cli import main
-from sdxl_host.files.tensors import Source
-from sdxl_host.weights.architecture import SDXL_BASE, Architecture, Encoder, expected_shapes
+from sdxl_host.weights.architecture import SDXL_BASE, Architecture, Encoder
 from sdxl_host.weights.export import write_single_file
 from sdxl_host.weights.formats.diffusers_names import places, split_shapes
 from sdxl_host.weights.open import open_weights
+from sdxl_host.weights.shapes import expected_shapes
+from sdxl_host.weights.source import Source
 
 HOST = str(Path(sdxl_host.__file__).parents[1])
 UNET = "model.diffusion_model."
@@ -275,7 +276,7 @@ def test_what_does_not_fit_is_named(here, small_model, capsys):
     for change, message in (
         ({name: None}, f"lacks {name}; give"),
         ({name: np.zeros(3, np.float16)}, f"{name} (3,) instead of (64,); give"),
-        ({"extra": np.zeros(3, np.float16)}, "no place for: extra; give"),
+        ({"extra": np.zeros(3, np.float16)}, "does not have: extra; give"),
     ):
         changed = {n: a for n, a in {**arrays, **change}.items() if a is not None}
         save_file(changed, "bad.safetensors")

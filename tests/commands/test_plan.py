@@ -21,7 +21,7 @@ import sdxl_host
 from sdxl_host.cli import main
 from sdxl_host.config.load import RunConfig, load
 from sdxl_host.config.provenance import commented_yaml, origins
-from sdxl_host.data.captions import Captioned
+from sdxl_host.data.folder import Captioned
 from sdxl_host.diffusion.conditioning import TextEncoders
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.planning.captions import Recorder, caption_lengths
@@ -407,7 +407,7 @@ def test_only_the_worst_captions_are_named_and_the_rest_counted(
 
 def test_parts_of_a_small_model_are_counted_and_not_made(device: str) -> None:
     from sdxl_host.weights.names import single_file_parameters
-    from sdxl_host.weights.parts import make_parts
+    from sdxl_host.weights.networks import build_networks
 
     config = load(["--config", TINY])
     model = make_hooks(config.plugins).build_model(config.tree)
@@ -418,7 +418,7 @@ def test_parts_of_a_small_model_are_counted_and_not_made(device: str) -> None:
         for name, parameter in single_file_parameters(cell).items():
             assert parameter.has_init or parameter.size == 1, name
 
-    real = make_parts(make_hooks(config.plugins).build_model(config.tree), 0)
+    real = build_networks(make_hooks(config.plugins).build_model(config.tree), 0)
     assert parts[0].count == parts[0].trained == sum(p.size for p in real.trained)
     assert sum(part.count for part in parts[1:]) == sum(p.size for p in real.frozen.values())
     assert all(part.bytes == 4 * part.count for part in parts)
@@ -706,7 +706,7 @@ SHORT = (
         (lambda here: ["optim.scheduler_config.params.warm_up_steps=-1"], "warm_up_steps must be"),
         (lambda here: ["model.params.network_config.params.context_dim=48"],
          "context_dim: 48 does not fit the text encoders, which give 32"),
-        (lambda here: ["data.dataset_config.params.target_size=15"], "target_size 15x15: height"),
+        (lambda here: ["data.dataset_config.params.target_size=15"], "target_size 15x15: "),
         (lambda here: [SHORT], "optim.scheduler_config.params: LambdaLinearScheduler: the cycles"),
         (lambda here: ["--cache_latent", "True"], "--cache_latent True: caching is not part"),
     ],

@@ -202,8 +202,8 @@ def test_a_size_given_with_weights_is_the_original_size_too(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--size", "15x16"], "--size 15x16: height and width must be multiples of 2"),
-        (["--size", "0x16"], "--size 0x16: height and width must be multiples of 2"),
+        (["--size", "15x16"], "--size 15x16: autoencoder and network downsample by 2"),
+        (["--size", "0x16"], "--size 0x16: autoencoder and network downsample by 2"),
         (["--aesthetic_score", "7"], "--aesthetic_score: has no effect, this model has no"),
     ],
 )

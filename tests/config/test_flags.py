@@ -886,7 +886,7 @@ def test_the_first_stage_keeps_float32(device: str) -> None:
     """Its latents at O2 are those at O0, bit for bit, but where the switch is off."""
     from sdxl_host.models.precision import set_precision
     from sdxl_host.plugins.hooks import make_hooks
-    from sdxl_host.weights.parts import make_parts
+    from sdxl_host.weights.networks import build_networks
 
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
 
@@ -897,7 +897,7 @@ def test_the_first_stage_keeps_float32(device: str) -> None:
             f"model.params.disable_first_stage_amp={switch}",
         ])  # fmt: skip
         model = make_hooks(config.plugins).build_model(config.tree)
-        make_parts(model, 0)
+        build_networks(model, 0)
         set_precision(model, config.train)
         return model.first_stage.encode(pixels, np.zeros((1, 4, 16, 16), np.float32))
 

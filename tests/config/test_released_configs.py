@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sdxl_host.config.load import load, packaged_configs
 from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.errors import ConfigError
-from sdxl_host.models.embedding import sinusoids
+from sdxl_host.models.layers import sinusoids
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.settings.targets import build
 from sdxl_host.training.trainer import Trainer
@@ -23,9 +23,9 @@ from sdxl_host.weights.architecture import (
     NETWORK_PREFIX,
     SDXL_BASE,
     SDXL_REFINER,
-    expected_shapes,
 )
 from sdxl_host.weights.names import single_file_parameters
+from sdxl_host.weights.shapes import expected_shapes
 
 OLD = Path(__file__).parents[1] / "configs"
 OURS = "configs/training/sd_xl_base_finetune_910b.yaml"

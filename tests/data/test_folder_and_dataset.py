@@ -17,8 +17,8 @@ from PIL import Image
 
 from sdxl_host.config.load import packaged_configs
 from sdxl_host.data import dataset as dataset_module
-from sdxl_host.data.captions import read_folder
 from sdxl_host.data.dataset import DEMO_IMAGES, Text2ImageDataset
+from sdxl_host.data.folder import read_folder
 from sdxl_host.data.order import Order
 from sdxl_host.data.transforms import (
     AddOriginalImageSizeAsTupleAndCropToSquare,

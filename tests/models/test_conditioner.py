@@ -11,7 +11,7 @@ import pytest
 from sdxl_host.diffusion.conditioning import PromptEmbedding, unconditional
 from sdxl_host.errors import ConfigError
 from sdxl_host.models.conditioner import NUMBERS, ConcatTimestepEmbedderND, GeneralConditioner
-from sdxl_host.models.embedding import sinusoidal_embedding, sinusoids
+from sdxl_host.models.layers import sinusoidal_embedding, sinusoids
 
 SIZE_KEYS = tuple(NUMBERS)[:3]  # the base model's
 BATCH, LENGTH, OUTDIM = 4, 90, 6

@@ -17,8 +17,7 @@ from mindspore import Tensor, nn, ops
 
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError, HostError
-from sdxl_host.models.embedding import sinusoids
-from sdxl_host.models.layers import Conv2d, Dense
+from sdxl_host.models.layers import Conv2d, Dense, sinusoids
 from sdxl_host.models.precision import LEVELS, apply_precision, is_half
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.plugins.step_result import StepResult

@@ -29,7 +29,8 @@ from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.randomness import Stream, normals
 from sdxl_host.sampling.load import restore_sampler
 from sdxl_host.sampling.samplers import noise_levels
-from sdxl_host.weights.parts import make_parts, open_weight
+from sdxl_host.weights.networks import build_networks
+from sdxl_host.weights.open import open_weight_setting
 
 if TYPE_CHECKING:
     from sdxl_host.diffusion.model import DiffusionModel
@@ -113,7 +114,7 @@ def outputs(weights: Path) -> dict[str, np.ndarray]:
 
     settings = load(SETTINGS)
     model = make_hooks(settings.plugins).build_model(settings.tree)
-    make_parts(model, 0, open_weight(str(weights)))
+    build_networks(model, 0, open_weight_setting(str(weights)))
     generator = np.random.default_rng(7)
     arrays = unet_outputs(model, generator)
     arrays["vae_pixels"] = _normal(generator, 1, 3, 64, 96)
@@ -178,8 +179,8 @@ def main() -> int:
             words.append("--allow-unmarked-objective")
         if command(words):
             return 1
-    before = open_weight(str(options.pipeline))
-    after = open_weight(str(exports[1]))
+    before = open_weight_setting(str(options.pipeline))
+    after = open_weight_setting(str(exports[1]))
     name = "model.diffusion_model.input_blocks.0.0.weight"
     if np.array_equal(before.read(name), after.read(name)):
         print(f"round_trip: {name} is what it was before the step")

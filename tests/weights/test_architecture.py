@@ -19,13 +19,11 @@ from sdxl_host.weights.architecture import (
     SDXL_REFINER,
     Architecture,
     Encoder,
-    completed,
-    expected_shapes,
-    infer,
-    joint,
     level_depths,
+    merge,
 )
 from sdxl_host.weights.formats.diffusers_configs import diffusers_configs, from_diffusers
+from sdxl_host.weights.shapes import complete, expected_shapes, infer
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 PACKAGE = Path(__file__).parents[2] / "sdxl_host"
@@ -312,12 +310,12 @@ def test_stated_parts_are_kept_and_the_others_told(
     assert two_levels.unet["num_head_channels"] != told.unet["num_head_channels"] == 8
     nothing = Architecture(None, None, ())
     for stated in (None, nothing):
-        assert completed(stated, small_shapes, 8) == told
+        assert complete(stated, small_shapes, 8) == told
     for part in ("unet", "autoencoder", "encoders"):
         own = {part: getattr(two_levels, part)}
-        assert completed(replace(nothing, **own), small_shapes, 8) == replace(told, **own)
+        assert complete(replace(nothing, **own), small_shapes, 8) == replace(told, **own)
     one = replace(nothing, encoders=two_levels.encoders[:1])
-    assert completed(one, small_shapes, 8) == replace(
+    assert complete(one, small_shapes, 8) == replace(
         told, encoders=(two_levels.encoders[0], told.encoders[1])
     )
 
@@ -327,17 +325,17 @@ def test_tensors_of_stated_parts_are_not_looked_at(
 ) -> None:
     """What is wrong with them is told later, with all the rest."""
     damaged = dict.fromkeys(small_shapes, (5,))
-    assert completed(two_levels, damaged) == two_levels
-    assert completed(two_levels, {}) == two_levels
+    assert complete(two_levels, damaged) == two_levels
+    assert complete(two_levels, {}) == two_levels
     with pytest.raises(DataError, match=r"^first_stage_model\."):
-        completed(replace(two_levels, autoencoder=None), damaged)
+        complete(replace(two_levels, autoencoder=None), damaged)
     rest = starting(small_shapes, BIG_G)
-    assert completed(two_levels, rest) == two_levels
+    assert complete(two_levels, rest) == two_levels
     one = replace(two_levels, encoders=two_levels.encoders[:1])
-    assert completed(one, rest, 16) == two_levels
+    assert complete(one, rest, 16) == two_levels
     third = {name.replace(BIG_G, "conditioner.embedders.2."): rest[name] for name in rest}
     with pytest.raises(DataError, match=r"^conditioner\.embedders\.1: missing, with all"):
-        completed(one, third, 16)
+        complete(one, third, 16)
 
 
 NAMES = ("one.safetensors", "folder")
@@ -349,8 +347,8 @@ def test_parts_of_two_sources_are_put_together(two_levels: Architecture) -> None
     others = replace(two_levels, unet=None)
     text = replace(nothing, encoders=two_levels.encoders[:1])
     for first, later in ((unet, others), (two_levels, text), (two_levels, two_levels)):
-        assert joint(first, later, NAMES) == joint(later, first, NAMES) == two_levels
-    assert joint(unet, text, NAMES) == replace(unet, encoders=text.encoders)
+        assert merge(first, later, NAMES) == merge(later, first, NAMES) == two_levels
+    assert merge(unet, text, NAMES) == replace(unet, encoders=text.encoders)
 
 
 def three_levels(resolutions: list[int], depth: list[int] | int) -> Architecture:
@@ -374,8 +372,8 @@ def test_two_descriptions_of_one_model_are_equal(one: Architecture, other: Archi
     assert expected_shapes(replace(one, encoders=())) == expected_shapes(
         replace(other, encoders=())
     )
-    assert joint(one, other, NAMES) == other
-    assert joint(other, one, NAMES) == one
+    assert merge(one, other, NAMES) == other
+    assert merge(other, one, NAMES) == one
 
 
 @pytest.mark.parametrize(
@@ -390,7 +388,7 @@ def test_two_descriptions_of_one_model_are_equal(one: Architecture, other: Archi
 )
 def test_descriptions_of_two_models_are_refused(other: Architecture, part: str) -> None:
     with pytest.raises(DataError, match=rf"^folder: its {part} differs in size from that of one"):
-        joint(SDXL_BASE, other, NAMES)
+        merge(SDXL_BASE, other, NAMES)
 
 
 # ---- from configs ------------------------------------------------------------------------------

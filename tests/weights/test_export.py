@@ -15,13 +15,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import DTYPES, Source
+from sdxl_host.files.tensors import DTYPES
 from sdxl_host.weights import export as writer
-from sdxl_host.weights.architecture import SDXL_BASE, SDXL_REFINER, expected_shapes
+from sdxl_host.weights.architecture import SDXL_BASE, SDXL_REFINER
 from sdxl_host.weights.export import write_diffusers, write_single_file
 from sdxl_host.weights.formats.diffusers_names import places, split
 from sdxl_host.weights.metadata import described, markers, objective
 from sdxl_host.weights.open import open_weights
+from sdxl_host.weights.shapes import expected_shapes
+from sdxl_host.weights.source import Source
 
 Arrays = dict[str, np.ndarray]
 Usage = namedtuple("Usage", "total used free")
@@ -334,7 +336,7 @@ KINDS = pytest.mark.parametrize("kind", ["single", "diffusers"])
     [
         ({OUT: None}, f"lacks {OUT}; give all parts of one model, several files as A,B"),
         ({OUT: (4, 32, 3, 2)}, f"{OUT} (4, 32, 3, 2) instead of (4, 32, 3, 3); give"),
-        ({"loss.weight": (3,)}, "no place for: loss.weight; give"),
+        ({"loss.weight": (3,)}, "does not have: loss.weight; give"),
     ],
     ids=["missing", "misshapen", "unexpected"],
 )
@@ -363,7 +365,7 @@ def test_tensors_that_do_not_fit_are_named(small_model, tmp_path, kind, change, 
     ],
 )
 def test_a_missing_part_is_named(small_model, tmp_path, kind, prefix, message):
-    from sdxl_host.weights.architecture import infer
+    from sdxl_host.weights.shapes import infer
 
     arrays = {n: a for n, a in small_model.arrays.items() if not n.startswith(prefix)}
     given = source_of(arrays)

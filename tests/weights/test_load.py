@@ -10,13 +10,13 @@ from safetensors import safe_open
 
 from sdxl_host.errors import DataError
 from sdxl_host.files.arrays import read_arrays, write_arrays
-from sdxl_host.files.tensors import Source
 from sdxl_host.models.initialization import initialize_network, initialize_text_encoder
 from sdxl_host.models.text_encoders import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder2
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.weights.architecture import NETWORK_PREFIX
 from sdxl_host.weights.load import load
 from sdxl_host.weights.names import single_file_parameters
+from sdxl_host.weights.source import Source
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -107,7 +107,7 @@ MISFITS = pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"inner.gamma": None}, "lacks inner.gamma; use"),
-        ({"zeta": (2,)}, "holds weights that the model has no place for: zeta; use"),
+        ({"zeta": (2,)}, "holds weights that the model does not have: zeta; use"),
         (
             {"parts.0.bias": (5,), "beta": (2,)},
             "holds weights of another shape: beta (2,) instead of (2, 2), parts.0.bias (5,) "
@@ -124,7 +124,7 @@ MISFITS = pytest.mark.parametrize(
         ),
         (
             {"ema.a": (1,), "ema.b.c": (1,), "inner.more": (1,)},
-            "no place for: all 2 of ema., inner.more; use",
+            "does not have: all 2 of ema., inner.more; use",
         ),
         (
             dict.fromkeys(SHAPES),
@@ -132,7 +132,7 @@ MISFITS = pytest.mark.parametrize(
         ),
         (
             {"beta": None, "alpha": (1,), "parts.2.bias": (3,)},
-            "lacks beta; holds weights that the model has no place for: alpha; holds weights of "
+            "lacks beta; holds weights that the model does not have: alpha; holds weights of "
             "another shape: parts.2.bias (3,) instead of (2,); use",
         ),
     ],
@@ -174,7 +174,7 @@ def test_load_takes_the_parts_it_is_given():
     seen: list[str] = []
     load(parameters, source_of(arrays, seen), ["net."])
     assert seen == list(parameters)
-    with pytest.raises(DataError, match=r"no place for: other\.x; use"):
+    with pytest.raises(DataError, match=r"does not have: other\.x; use"):
         load(parameters, source_of(arrays))
 
 

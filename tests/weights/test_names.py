@@ -11,13 +11,7 @@ import numpy as np
 import pytest
 
 from sdxl_host.errors import DataError
-from sdxl_host.weights.architecture import (
-    SDXL_BASE,
-    SDXL_REFINER,
-    Architecture,
-    Encoder,
-    expected_shapes,
-)
+from sdxl_host.weights.architecture import SDXL_BASE, SDXL_REFINER, Architecture, Encoder
 from sdxl_host.weights.formats.diffusers_configs import from_diffusers
 from sdxl_host.weights.formats.diffusers_names import (
     Place,
@@ -27,6 +21,7 @@ from sdxl_host.weights.formats.diffusers_names import (
     split,
     split_shapes,
 )
+from sdxl_host.weights.shapes import expected_shapes
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 SMALL = ("two_levels", "three_levels", "middle_only", "small_refiner")

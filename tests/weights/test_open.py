@@ -22,12 +22,13 @@ from safetensors.numpy import load_file, save_file
 
 import sdxl_host
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import DTYPES, Source, Tensors
+from sdxl_host.files.tensors import DTYPES, Tensors
 from sdxl_host.weights.architecture import Architecture, Encoder
 from sdxl_host.weights.formats.diffusers_configs import diffusers_configs
 from sdxl_host.weights.formats.diffusers_names import places, split
 from sdxl_host.weights.metadata import NETWORK_KEYS, markers
 from sdxl_host.weights.open import open_all, open_weights
+from sdxl_host.weights.source import Source
 
 Arrays = dict[str, np.ndarray]
 
@@ -153,8 +154,8 @@ def test_what_is_no_trained_weight_is_made_up(single, small_model):
     scale = np.array(np.log(1 / 0.07), np.float32)
     assert_equal(source, {**small_model.arrays, LOGIT_SCALE: scale})
     assert sorted(source.notes) == [
-        f"{POSITIONS} made up: 0 to 76, as it always is",
-        f"{LOGIT_SCALE} made up: log(1/0.07); it has no effect on images",
+        f"{POSITIONS} added: 0 to 76, as it always is",
+        f"{LOGIT_SCALE} added: log(1/0.07); it has no effect on images",
     ]
 
 
@@ -291,7 +292,7 @@ def test_a_mindspore_checkpoint_is_read(small_model, tmp_path, dtype):
     source = open_weights(save_mindspore(tmp_path / "SDXL-base-1.0_500.ckpt", arrays))
     assert_equal(source, arrays)
     assert source.description.endswith("SDXL-base-1.0_500.ckpt (MindSpore checkpoint)")
-    assert source.notes == (f"{POSITIONS} made up: 0 to 76, as it always is",)
+    assert source.notes == (f"{POSITIONS} added: 0 to 76, as it always is",)
 
 
 def test_bfloat16_of_mindspore_is_read(device, tmp_path):
@@ -513,8 +514,8 @@ def test_a_diffusers_folder_is_read(small_model, tmp_path, dtype):
     assert source.architecture == small_model.architecture
     assert source.metadata == {"sdxl_host.scale_factor": "0.13025", "sdxl_host.objective": "eps"}
     assert sorted(source.notes) == [
-        f"{POSITIONS} made up: 0 to 76, as it always is",
-        f"{LOGIT_SCALE} made up: log(1/0.07); it has no effect on images",
+        f"{POSITIONS} added: 0 to 76, as it always is",
+        f"{LOGIT_SCALE} added: log(1/0.07); it has no effect on images",
     ]
 
 
@@ -570,7 +571,7 @@ def test_shards_that_do_not_fit_their_index_are_named(folder):
     [
         ("unet", "conv_in.bias", None, "lacks unet/conv_in.bias; get"),
         ("vae", "quant_conv.bias", (3,), "vae/quant_conv.bias (3,) instead of (8,); get"),
-        ("unet", "conv_in.extra", (3,), "has no place for: unet/conv_in.extra; get"),
+        ("unet", "conv_in.extra", (3,), "does not have: unet/conv_in.extra; get"),
         ("text_encoder_2", "text_projection.weight", None, "text_encoder_2/text_projection.weight"),
         (
             "text_encoder_2",
@@ -599,7 +600,7 @@ def test_a_tensor_spelled_twice_is_named(folder):
 
     rewritten(folder / "text_encoder" / "model.safetensors", change)
     assert re.search(
-        r"no place for: text_encoder/(text_model\.)?final_layer_norm\.bias; get", refused(folder)
+        r"does not have: text_encoder/(text_model\.)?final_layer_norm\.bias; get", refused(folder)
     )
 
 

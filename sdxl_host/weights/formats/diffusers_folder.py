@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import DTYPES, Source, Tensors, open_safetensors
-from sdxl_host.weights.architecture import Architecture, expected_shapes
+from sdxl_host.files.tensors import DTYPES, Tensors, open_safetensors
+from sdxl_host.weights.architecture import Architecture
 from sdxl_host.weights.compare import compare_shapes
 from sdxl_host.weights.formats.diffusers_configs import from_diffusers
 from sdxl_host.weights.formats.diffusers_names import Place, join, places, sources, split_shapes
 from sdxl_host.weights.metadata import LOGIT_SCALE, OBJECTIVE, SCALE_FACTOR, SCHEDULER
+from sdxl_host.weights.shapes import expected_shapes
+from sdxl_host.weights.source import Source
 
 __all__ = ["open_diffusers"]
 

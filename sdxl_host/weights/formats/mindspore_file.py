@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import DTYPES, Source, Tensors, read_pieces
+from sdxl_host.files.tensors import DTYPES, Tensors, read_pieces
 from sdxl_host.weights.formats.single_file import without_extras
+from sdxl_host.weights.source import Source
 
 __all__ = ["open_mindspore"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdxl_host.files.tensors import Source, Tensors, open_safetensors
+from sdxl_host.files.tensors import Tensors, open_safetensors
 from sdxl_host.weights.metadata import MARKERS, read_architecture
+from sdxl_host.weights.source import Source
 
 __all__ = ["open_single_file", "without_extras"]
 

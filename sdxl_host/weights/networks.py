@@ -1,4 +1,4 @@
-"""From settings to a model that is ready: hooks, networks, and the weights in them."""
+"""A model's networks with weights in them: loaded, restored from a checkpoint, or initial ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mindspore.nn.utils import no_init_parameters
 from sdxl_host.checkpoints.layout import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
 from sdxl_host.checkpoints.open import Checkpoint
 from sdxl_host.diffusion.model import DiffusionModel
-from sdxl_host.errors import ConfigError, DataError, PluginError
+from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.files.tensors import open_safetensors, over
 from sdxl_host.models.initialization import initialize_network, initialize_text_encoder
 from sdxl_host.weights.architecture import (
@@ -26,24 +26,23 @@ from sdxl_host.weights.architecture import (
 from sdxl_host.weights.load import load
 from sdxl_host.weights.metadata import SCALE_FACTOR, recorded_objective
 from sdxl_host.weights.names import single_file_parameters
-from sdxl_host.weights.open import Source, open_all
+from sdxl_host.weights.source import Source
 
 __all__ = [
-    "Parts",
+    "Networks",
+    "build_networks",
     "change_network",
     "check_fit",
-    "make_parts",
-    "open_weight",
     "weight_lines",
 ]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The cells of a model with their parameters, by names of the single file.
+class Networks:
+    """The U-Net's cell, and the parameters of all networks by their names in the single file.
 
-    network: the U-Net's parameters, those that plugins added included. frozen: those of the text
-    encoders and of the first stage. trained: the network's parameters that are trained.
+    network: the U-Net's parameters, including those that plugins added. frozen: those of the text
+    encoders and of the first stage. trained: the parameters of the U-Net that are trained.
     """
 
     cell: nn.Cell
@@ -52,7 +51,7 @@ class Parts:
     trained: list[Parameter]
 
     def digest(self) -> str:
-        """Of all weights."""
+        """A hash of all weights."""
         found = hashlib.sha256()
         for name, parameter in {**self.network, **self.frozen}.items():
             found.update(name.encode("utf-8"))
@@ -60,66 +59,54 @@ class Parts:
         return found.hexdigest()
 
 
-def open_weight(weight: str) -> Source | None:
-    """The weights that `--weight` names, or None where it names none. Raises DataError.
-
-    weight: a path that `open_weights` takes, or several with commas between, of which a later one
-    goes before an earlier one.
-    """
-    if not weight:
-        return None
-    paths = [Path(path.strip()).expanduser() for path in weight.split(",") if path.strip()]
-    if not paths:
-        raise DataError(f"--weight {weight!r}: names no file; give one, or leave it out")
-    return open_all(paths)
-
-
 def weight_lines(source: Source, model: DiffusionModel) -> list[str]:
-    """What the user is told of the weights: where they come from and what does not fit."""
+    """Lines for the user: where the weights come from, and what of the settings differs."""
     lines = [f"weights     {source.description}", *(f"            {note}" for note in source.notes)]
     trained, here = recorded_objective(source.metadata), model.preconditioning.name
     if trained is not None and trained != here:
         lines.append(
             f"note        these weights were trained with the objective {trained}, not {here}"
         )
-    scale, own = source.metadata.get(SCALE_FACTOR), float(model.first_stage.scale_factor)
-    if scale is not None and not math.isclose(float(scale), own, rel_tol=1e-6):
+    scale, configured = source.metadata.get(SCALE_FACTOR), float(model.first_stage.scale_factor)
+    if scale is not None and not math.isclose(float(scale), configured, rel_tol=1e-6):
         lines.append(
-            f"note        these weights were trained with scale_factor {scale}, not {own:g}"
+            f"note        these weights were trained with scale_factor {scale}, not {configured:g}"
         )
     return lines
 
 
 def check_fit(model: DiffusionModel, size: tuple[int, int], where: str) -> None:
-    """Builds the cells, without values, and sees that they fit each other and the images.
+    """Raises ConfigError unless the networks fit each other and images of `size`.
 
-    size: (height, width) in pixels; where: what the message calls it. Raises ConfigError.
+    size: (height, width) in pixels. where: the setting that the size comes from, for the message.
+    The cells are built, but their parameters get no values yet.
     """
-    # No parameter is given a value before its own: at full size that would take minutes.
-    with no_init_parameters():
+    with no_init_parameters():  # at full size, random values that are replaced take minutes
         network, first_stage, conditioner = model.network, model.first_stage, model.conditioner
-    for key, has, needs, whose in (
+    for key, configured, needed, part in (
         ("in_channels", network.in_channels, first_stage.channels, "the first stage's latents"),
         ("context_dim", network.context_dim, conditioner.context_width, "the text encoders"),
         ("adm_in_channels", network.adm_in_channels, conditioner.vector_width, "the embedders"),
     ):
-        if has != needs:
+        if configured != needed:
             raise ConfigError(
-                f"model.params.network_config.params.{key}: {has} does not fit {whose}, which "
-                f"give {needs}; set it to {needs}"
+                f"model.params.network_config.params.{key}: {configured} does not fit {part}, "
+                f"which give {needed}; set it to {needed}"
             )
     step = first_stage.downsampling * network.downsampling
     if any(length < step or length % step for length in size):
         height, width = size
         raise ConfigError(
-            f"{where} {height}x{width}: height and width must be multiples of {step}, by which "
-            "autoencoder and network downsample"
+            f"{where} {height}x{width}: autoencoder and network downsample by {step}; give a "
+            f"height and a width that are multiples of {step}"
         )
 
 
 def _check_heads(stated: Architecture, model: DiffusionModel, source: str) -> None:
-    """Raises ConfigError where weights say that their heads are wider or narrower: names and
-    shapes would be the same, and what is computed would not."""
+    """Raises ConfigError where the weights state another number of attention heads.
+
+    Names and shapes of tensors are the same for any number of heads, but not what is computed.
+    """
     pairs = []
     if stated.unet:
         pairs.append(
@@ -129,26 +116,29 @@ def _check_heads(stated: Architecture, model: DiffusionModel, source: str) -> No
                 model.network.num_head_channels,
             )
         )
-    for index, (encoder, own) in enumerate(zip(stated.encoders, model.encoders, strict=False)):
+    for index, (encoder, ours) in enumerate(zip(stated.encoders, model.encoders, strict=False)):
         where = f"model.params.conditioner_config.params.emb_models[{index}].params.heads"
-        pairs.append((where, encoder.heads, own.cell.heads))
-    for where, theirs, ours in pairs:
-        if theirs != ours:
-            raise ConfigError(f"{where}: {ours} does not fit {source}, which has {theirs}")
+        pairs.append((where, encoder.heads, ours.cell.heads))
+    for where, stored, configured in pairs:
+        if stored != configured:
+            raise ConfigError(
+                f"{where}: {configured} does not fit {source}, which has {stored}; set it to "
+                f"{stored}"
+            )
 
 
-def make_parts(
+def build_networks(
     model: DiffusionModel,
     seed: int,
     source: Source | None = None,
     checkpoint: Checkpoint | None = None,
-    averaged: bool = False,
-) -> Parts:
-    """Builds the networks; their weights are those of `checkpoint`, else come from `source`, else
-    are initial ones.
+    use_ema: bool = False,
+) -> Networks:
+    """Builds the networks, with the weights of `checkpoint`, else of `source`, else initial ones.
 
-    Network changes of plugins are made after the weights of `source` are loaded, and before those
-    of `checkpoint`. averaged: its moving averages in place of the weights they are of.
+    Plugins change the network after the weights of `source` are loaded, and before those of
+    `checkpoint`. use_ema: load the checkpoint's EMA weights, where it has them, in place of the
+    trained ones. seed: of the initial weights.
     """
     with no_init_parameters():  # as in `check_fit`
         cell = model.network
@@ -169,23 +159,25 @@ def make_parts(
             _initialize(cell, network, encoders, first_stage, seed)
         network, trained = change_network(model, network)
         cell.recompute_blocks()
-        return Parts(cell, network, frozen, trained)
+        return Networks(cell, network, frozen, trained)
     weights = _saved(checkpoint.folder / NETWORK_FILE)
-    if averaged and checkpoint.has_averages:
+    if use_ema and checkpoint.has_averages:
         weights = over(weights, _saved(checkpoint.folder / AVERAGES_FILE))
     if model.changes:
-        # A change may look at the weights it finds, so they are there before it as well as after.
+        # A change may depend on the weights of the network it changes, so they are loaded before
+        # it, and once more after it together with those that it adds.
         inside = {name: shape for name, shape in weights.shapes.items() if name in network}
         load(network, replace(weights, shapes=inside))
     network, trained = change_network(model, network)
     cell.recompute_blocks()
     load(network, weights)
     load(frozen, _saved(checkpoint.folder / FROZEN_FILE))
-    return Parts(cell, network, frozen, trained)
+    return Networks(cell, network, frozen, trained)
 
 
 def _saved(file: Path) -> Source:
-    """A file of a checkpoint; at full size it would not fit into memory beside the networks."""
+    """A file of a checkpoint. Its tensors are read one by one: at full size all of them would not
+    fit into memory beside the networks."""
     found = open_safetensors(file)
     return Source(found.shapes, found.dtypes, found.read, description=str(file))
 
@@ -193,14 +185,16 @@ def _saved(file: Path) -> Source:
 def change_network(
     model: DiffusionModel, network: dict[str, Parameter]
 ) -> tuple[dict[str, Parameter], list[Parameter]]:
-    """Makes the plugins' changes of the network; its parameters now, and those that are trained.
+    """Applies the plugins' changes; returns the network's parameters and those that are trained.
 
-    network: its parameters before. Raises PluginError where one is gone, or none is left to train.
+    network: its parameters before the changes. Raises PluginError where a change removed one of
+    them, or left none to train.
     """
     for change in model.changes:
         change.change(model.network)
     if model.changes:
-        # A part put in later names its parameters from itself down, and theirs would not be unique.
+        # The parameters of a cell that was added are named from that cell down, so two such cells
+        # would have parameters of the same name.
         model.network.update_parameters_name()
         changed = single_file_parameters(model.network, NETWORK_PREFIX)
         gone = [name for name in network if name not in changed]
@@ -213,7 +207,7 @@ def change_network(
     picks: list[Callable[[str], bool]] = [c.trainable for c in model.changes if c.trainable]
     trained = [p for name, p in network.items() if all(pick(name) for pick in picks)]
     if not trained:
-        raise PluginError("with_network: no parameter is left to train; mend `trainable`")
+        raise PluginError("with_network: no parameter is left to train; correct `trainable`")
     return network, trained
 
 
@@ -224,7 +218,7 @@ def _initialize(
     first_stage: nn.Cell | None,
     seed: int,
 ) -> None:
-    """Weights of an untrained model."""
+    """Gives all networks the weights of an untrained model."""
     initialize_network(network, {id(p) for p in cell.zero_initialized()}, seed)
     for prefix, encoder in encoders.items():
         initialize_text_encoder(encoder, single_file_parameters(encoder, prefix), seed)

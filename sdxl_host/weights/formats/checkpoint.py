@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import Source, open_safetensors, over
-from sdxl_host.weights.architecture import (
-    NETWORK_PREFIX,
-    Architecture,
-    Encoder,
-    embedder_prefix,
-    infer,
-)
+from sdxl_host.files.tensors import open_safetensors, over
+from sdxl_host.weights.architecture import NETWORK_PREFIX, Architecture, Encoder, embedder_prefix
 from sdxl_host.weights.formats.diffusers_names import places
 from sdxl_host.weights.formats.single_file import without_extras
 from sdxl_host.weights.metadata import (
@@ -27,19 +21,21 @@ from sdxl_host.weights.metadata import (
     SCALE_FACTOR,
     SCHEDULER,
 )
+from sdxl_host.weights.shapes import infer
+from sdxl_host.weights.source import Source
 
-__all__ = ["open_own_checkpoint"]
+__all__ = ["open_checkpoint_weights"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _CONDITIONER = "conditioner."
 
 
-def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
+def open_checkpoint_weights(folder: Path, use_ema: bool = True) -> Source:
     """The weights of a checkpoint folder, whose files are checked. Raises DataError, also where
     plugins have added weights to the network, which no format has a place for.
 
-    use_averages: the moving averages, where the checkpoint keeps them, in place of the weights they
+    use_ema: the moving averages, where the checkpoint keeps them, in place of the weights they
     are of. metadata: the objective, the plugins with their options, who encodes prompts, and the
     size.
     """
@@ -51,7 +47,7 @@ def open_own_checkpoint(folder: Path, use_averages: bool = True) -> Source:
     model: dict[str, Any] = checkpoint.settings["model"]["params"]
     merged = over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
     described = f"{folder} (checkpoint of step {checkpoint.step})"
-    if use_averages and checkpoint.has_averages:
+    if use_ema and checkpoint.has_averages:
         merged = over(merged, open_safetensors(folder / AVERAGES_FILE))
         described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
     found = without_extras(merged, described)
