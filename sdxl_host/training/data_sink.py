@@ -2,7 +2,7 @@
 
 The host fills the queue's columns step by step, hooks included, and reads what the steps gave from
 rings that they leave behind, because `ms.data_sink` answers with the last step's output alone. The
-learning rate is no column: the step looks it up by the updates that it has applied.
+learning rate is no column: the step looks it up in its rows of the update table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.training.step import TrainStep
+from sdxl_host.training.update_table import UpdateRows
 
 __all__ = [
     "COLUMNS",
@@ -175,6 +176,7 @@ class FixedCaptions:
 
 def outputs(
     step: SinkStep,
+    table: np.ndarray,
     prepared: Iterator[tuple[Any, Sequence[np.ndarray]]],
     calls: int,
     feed: Callable[[SinkStep, Iterator[Sequence[np.ndarray]], int], Callable[[], None]],
@@ -182,9 +184,10 @@ def outputs(
 ) -> Iterator[tuple[Any, tuple[Tensor, ...], bool, dict[str, Any]]]:
     """Each step's own, its outputs, whether it ends a call, and the plugins' state after its hooks.
 
-    prepared: what belongs to a step and its columns, step by step. calls: of `step.size` steps
-    each. feed: `device_queue` or `plain_loop`. state: the plugins' state now; columns are made
-    ahead, so what a checkpoint needs is the state as it was after a step's own.
+    table: as for `StepRunner`. prepared: what belongs to a step and its columns, step by step.
+    calls: of `step.size` steps each. feed: `device_queue` or `plain_loop`. state: the plugins'
+    state now; columns are made ahead, so what a checkpoint needs is the state as it was after a
+    step's own.
     """
     made: list[tuple[Any, dict[str, Any]]] = []
 
@@ -194,7 +197,9 @@ def outputs(
             yield arrays
 
     call = feed(step, columns(), calls)
+    rows = UpdateRows(step.step, table)
     for _ in range(calls):
+        rows.provide(step.size)
         call()
         for index, outputs in enumerate(step.outputs()):
             own, after = made.pop(0)

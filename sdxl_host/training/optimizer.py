@@ -6,8 +6,9 @@ The compiled step holds one kernel, MindSpore's fused AdamWeightDecay:
     parameter -= rate * (m / (sqrt(v) + epsilon) + decay * parameter)
 
 What an optimizer is, beside the betas, is the numbers (rate, epsilon, decay) of its k-th update,
-computed here in float64. They are looked up in the graph by the count of applied updates, so a
-skipped step does not advance a schedule and nothing is computed with 1 - beta^k in float32.
+computed here in float64. They are data, not constants of the graph: it looks them up by the count
+of applied updates. So a skipped step does not advance a schedule, nothing is computed with
+1 - beta^k in float32, and another learning rate or beta is the same graph.
 """
 
 from __future__ import annotations
@@ -23,19 +24,8 @@ __all__ = [
     "AdamW",
     "AdamWeightDecay",
     "Optimizer",
-    "averaging_shares",
     "configured",
 ]
-
-
-def averaging_shares(decay: float, updates: int) -> np.ndarray:
-    """(updates,) float64: what share of the new weights enters their moving average.
-
-    It is 1 - d_k with d_k = min(decay, (1 + k) / (10 + k)), k = 0, 1, ... updates made before: an
-    average over few updates forgets faster.
-    """
-    k = np.arange(updates, dtype=np.float64)
-    return 1.0 - np.minimum(decay, (1.0 + k) / (10.0 + k))
 
 
 class Optimizer:

@@ -35,7 +35,7 @@ def take(trainer: Trainer) -> Contents:
 
     Its arrays are those of the moment in which they are asked for.
     """
-    values, averages = trainer.cell.values(), trainer.cell.average_values()
+    values, averages = trainer.cell.values(), trainer.cell.ema_values()
     named = trainer.parts.network.items()
     network = _held({name: values.get(id(p), p) for name, p in named})
     optimizer = {p.name: p for p in trainer.cell.state_parameters()}
@@ -68,7 +68,7 @@ def give_back(trainer: Trainer, checkpoint: Checkpoint, is_lenient: bool) -> lis
     is trained differs, or PluginError.
     """
     cell, optimizer = trainer.cell, checkpoint.optimizer_state()
-    values, saved = cell.average_values(), checkpoint.averages()
+    values, saved = cell.ema_values(), checkpoint.averages()
     averages = {n: values[id(p)] for n, p in trainer.parts.network.items() if id(p) in values}
     there = _shapes_in(checkpoint.folder / OPTIMIZER_FILE)
     here = {p.name: tuple(p.shape) for p in cell.state_parameters()}

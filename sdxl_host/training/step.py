@@ -6,8 +6,7 @@ options never recompiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -15,7 +14,8 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from sdxl_host.models.precision import LARGEST_LOSS_SCALE
-from sdxl_host.training.optimizer import Optimizer
+from sdxl_host.training.ema import EMA
+from sdxl_host.training.update_table import COLUMNS, UpdateRows
 
 __all__ = ["StepRunner", "TrainStep", "decayed"]
 
@@ -44,13 +44,12 @@ def _update_one(
     rate and the gradient are 0 and the moments keep all of themselves."""
     gradient = gradient.astype(ms.float32) * scale
     gradient = ops.select(finite, gradient, ops.zeros_like(gradient))
-    own_decay = decay if is_decayed else decay * 0.0
-    return kernel(parameter, m, v, rate, beta1, beta2, epsilon, own_decay, gradient)
+    decay = decay if is_decayed else decay * 0.0
+    return kernel(parameter, m, v, rate, beta1, beta2, epsilon, decay, gradient)
 
 
 _reduce = ops.MultitypeFuncGraph("reduce")
 _add = ops.MultitypeFuncGraph("add_gradient")
-_average = ops.MultitypeFuncGraph("average")
 _publish = ops.MultitypeFuncGraph("publish")
 
 
@@ -80,11 +79,6 @@ def _add_one(is_first, total, gradient):
     return ops.assign(total, ops.select(is_first, gradient, total + gradient))
 
 
-@_average.register("Tensor", "Tensor", "Tensor")
-def _average_one(share, average, weight):
-    return ops.assign_add(average, share * (weight - average))
-
-
 @_publish.register("Bool", "Tensor", "Tensor")
 def _publish_one(is_half, parameter, weight):
     """Gives a parameter that is kept in 16 bits the value of its float32 copy."""
@@ -95,28 +89,29 @@ class TrainStep(nn.Cell):
     """Loss, gradients, clipping and the update of the trained parameters.
 
     network: F(x, c_noise, context, vector, mask). parameters: those of it that are trained.
-    table: (updates, 4), see `optimizer`. max_grad_norm: global norm to clip to, or None.
     loss_scale: what the loss is first multiplied by, so that gradients in float16 do not vanish;
     it is halved when they overflow and doubled after 2000 updates without (Micikevicius et al.
-    2018). None: no scaling. batches: how many make an update, of one size each. averaging:
-    (updates,) shares 1 - d of the new weights in their moving average, or None. float32: values of
-    parameters kept in 16 bits, by the parameter's `id`: their copies are what is updated. workers:
-    how many devices share an update.
+    2018). None: no scaling. batches: how many make an update, of one size each. has_ema: whether a
+    moving average of the weights is kept. float32: values of parameters kept in 16 bits, by the
+    parameter's `id`: their copies are what is updated. ranks: how many devices share an update.
+    rows: how many rows of the update table the device holds at a time, at least the steps of a
+    call.
+
+    Everything here is in the compiled graph, so no number of an optimizer or a schedule is: those
+    are rows of the table that `load_rows` puts on the device.
     """
 
     def __init__(
         self,
         network: nn.Cell,
         parameters: Sequence[Parameter],
-        optimizer: Optimizer,
-        table: np.ndarray,
-        max_grad_norm: float | None,
-        loss_scale: float | None = None,
         *,
+        loss_scale: float | None = None,
         batches: int = 1,
-        averaging: np.ndarray | None = None,
+        has_ema: bool = False,
         float32: Mapping[int, np.ndarray] | None = None,
-        workers: int = 1,
+        ranks: int = 1,
+        rows: int = 1024,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
@@ -126,39 +121,33 @@ class TrainStep(nn.Cell):
         self.is_half = tuple(id(parameter) in copies for parameter in parameters)
         self.has_half = any(self.is_half)
         self.weights = ParameterTuple(
-            [_own("weight.", p, copies[id(p)]) if id(p) in copies else p for p in parameters]
+            [_named("weight.", p, copies[id(p)]) if id(p) in copies else p for p in parameters]
         )
         self.moments1 = _zeros("adam_m.", parameters)
         self.moments2 = _zeros("adam_v.", parameters)
-        # Updates applied so far. Skipped steps don't count: they take no place in the schedule.
-        self.applied = Parameter(Tensor(0, ms.int32), name="applied", requires_grad=False)
+        # Updates applied so far. Skipped steps don't count: they use up no row of the table.
+        self.applied = _scalar("applied", 0)
+        # Rows of the update table, and the number of applied updates that the first belongs to.
+        self.rows = Parameter(
+            Tensor(np.zeros((rows, len(COLUMNS)), np.float32)), "update_rows", requires_grad=False
+        )
+        self.first = _scalar("update_rows_first", 0)
+        self.last = rows - 1
         names = decayed(network)
         self.is_decayed = tuple(parameter.name in names for parameter in parameters)
-        self.table = Tensor(table)
-        self.last = len(table) - 1
-        self.beta1 = Tensor(optimizer.beta1, ms.float32)
-        self.beta2 = Tensor(optimizer.beta2, ms.float32)
         self.one = Tensor(1.0, ms.float32)
         self.zero = Tensor(0.0, ms.float32)
         self.is_scaled = loss_scale is not None
-        self.scale = Parameter(
-            Tensor(loss_scale or 1.0, ms.float32), name="loss_scale", requires_grad=False
-        )
+        self.scale = _scalar("loss_scale", loss_scale or 1.0)
         # Updates applied since the scale last changed.
-        self.unchanged = Parameter(Tensor(0, ms.int32), name="loss_scale_age", requires_grad=False)
-        self.limit = None if max_grad_norm is None else Tensor(max_grad_norm, ms.float32)
-        # Of this device's one batch in the loss of the update.
-        self.batches, self.workers = batches, workers
-        self.share = 1.0 / (batches * workers)
+        self.unchanged = _scalar("loss_scale_age", 0)
+        # One batch's part in the loss of the update.
+        self.batches, self.ranks = batches, ranks
+        self.share = 1.0 / (batches * ranks)
         self.sums = _zeros("sum.", parameters if batches > 1 else [])
-        self.is_averaged = averaging is not None
-        self.averaging = None if averaging is None else Tensor(averaging, ms.float32)
-        self.averages = ParameterTuple(
-            [_own("ema.", p, w.asnumpy()) for p, w in zip(parameters, self.weights, strict=True)]
-            if self.is_averaged
-            else []
-        )
-        if workers > 1:
+        self.has_ema = has_ema
+        self.ema = EMA(parameters, self.weights) if has_ema else None
+        if ranks > 1:
             self.reduce = ops.AllReduce()
             self.gather = ops.AllGather()
         self.kernel = ops.AdamWeightDecay()
@@ -191,7 +180,7 @@ class TrainStep(nn.Cell):
         latents, noise (B, C, H, W); coefficients (6, B) as `Coefficients.stacked`; context
         (B, L, D); vector (B, V); mask (B, L). All float32. Returns the weighted loss, the losses
         (G,) unweighted, the global gradient norm, whether all was finite, the learning rate, and
-        the loss scale of this update; over all workers, in their order.
+        the loss scale of this update; over all ranks, in their order.
         """
         (_, loss, losses), gradients = self.gradient(
             latents, noise, coefficients, context, vector, mask
@@ -211,34 +200,43 @@ class TrainStep(nn.Cell):
         return self.update(loss, losses, self.sums)
 
     def update(self, loss, losses, gradients):
-        """Averages over the workers, unscales, clips, and makes the update if all is finite."""
-        if self.workers > 1:
+        """Averages over the ranks, unscales, clips, and makes the update if all is finite."""
+        if self.ranks > 1:
             gradients = self.map(ops.partial(_reduce, self.reduce), gradients)
             loss, losses = self.reduce(loss), self.gather(losses)
         norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
-        # What the gradients are multiplied by: clipping, and the loss scale taken back.
-        scale = used = self.one
+        used = self.one
         if self.is_scaled:
             used = self.scale + self.zero
             norm = norm / used
         finite = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
-        if self.limit is not None:
-            scale = ops.minimum(self.one, self.limit / norm)
+        row = self.rows[ops.minimum(self.applied - self.first, self.last)]
+        # In the order of `COLUMNS`.
+        learning_rate, rate, epsilon, decay, beta1, beta2, limit, ema_share = (
+            row[0],
+            row[1],
+            row[2],
+            row[3],
+            row[4],
+            row[5],
+            row[6],
+            row[7],
+        )
+        # What the gradients are multiplied by: clipping, and the loss scale taken back.
+        scale = ops.minimum(self.one, limit / norm)
         if self.is_scaled:
             scale = scale / used
-        place = ops.minimum(self.applied, self.last)
-        row = self.table[place]
         done = self.map(
             ops.partial(
                 _update,
                 self.kernel,
                 scale,
                 finite,
-                ops.select(finite, row[1], self.zero),
-                ops.select(finite, self.beta1, self.one),
-                ops.select(finite, self.beta2, self.one),
-                row[2],
-                row[3],
+                ops.select(finite, rate, self.zero),
+                ops.select(finite, beta1, self.one),
+                ops.select(finite, beta2, self.one),
+                epsilon,
+                decay,
             ),
             self.is_decayed,
             self.weights,
@@ -246,17 +244,16 @@ class TrainStep(nn.Cell):
             self.moments2,
             gradients,
         )
-        if self.is_averaged:
-            share = ops.select(finite, self.averaging[place], self.zero)
-            share = ops.depend(share, done)
-            done = self.map(ops.partial(_average, share), self.averages, self.weights)
+        if self.has_ema:
+            share = ops.depend(ops.select(finite, ema_share, self.zero), done)
+            done = self.ema(share, self.weights)
         if self.has_half:
             done = ops.depend(self.map(_publish, self.is_half, self.parameters, self.weights), done)
         counted = ops.assign_add(self.applied, finite.astype(ms.int32))
         loss = ops.depend(loss, (done, counted))
         if self.is_scaled:
             loss = ops.depend(loss, self.rescale(finite, used))
-        return loss, losses, norm, finite, row[0], used
+        return loss, losses, norm, finite, learning_rate, used
 
     def rescale(self, finite, used):
         """Moves the loss scale after an update that was applied or not."""
@@ -268,14 +265,25 @@ class TrainStep(nn.Cell):
         changed = ops.assign(self.scale, ops.select(finite, grown, shrunk))
         return ops.depend(changed, ops.assign(self.unchanged, age))
 
+    def load_rows(self, table: np.ndarray) -> None:
+        """Puts the rows of the next updates on the device; the last row stands for what follows it.
+
+        table: (updates, 8) float32, see `update_table`. It waits for the steps before.
+        """
+        first = int(self.applied.asnumpy())
+        updates = np.minimum(first + np.arange(self.rows.shape[0]), len(table) - 1)
+        # Assigned, because a compiled graph does not see `set_data`.
+        ops.assign(self.rows, Tensor(table[updates]))
+        ops.assign(self.first, Tensor(first, ms.int32))
+
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name, as float32 and int32 arrays."""
         return {parameter.name: parameter.asnumpy() for parameter in self.state_parameters()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes back what `state` gave; what is not in it keeps its first value.
+        """Restores what `state` gave; what is not in it keeps its first value.
 
-        Before the first step: see `StepRunner`.
+        Before the first step and before `load_rows`: see `StepRunner`.
         """
         for parameter in self.state_parameters():
             if parameter.name in state:
@@ -285,23 +293,9 @@ class TrainStep(nn.Cell):
         """What holds each trained parameter's value in float32, by the parameter's `id`."""
         return {id(p): value for p, value in zip(self.parameters, self.weights, strict=True)}
 
-    def average_values(self) -> dict[int, Parameter]:
+    def ema_values(self) -> Mapping[int, Parameter]:
         """Each trained parameter's moving average, by the parameter's `id`; empty without any."""
-        pairs = zip(self.parameters, self.averages, strict=self.is_averaged)
-        return {id(parameter): average for parameter, average in pairs}
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the network computes with the moving averages, where they are kept."""
-        kept = [parameter.asnumpy().copy() for parameter in self.parameters[: len(self.averages)]]
-        try:
-            for parameter, average in zip(self.parameters, self.averages, strict=False):
-                # Assigned, because a compiled graph does not see `set_data`.
-                ops.assign(parameter, average.astype(parameter.dtype))
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, kept, strict=False):
-                ops.assign(parameter, Tensor(value))
+        return {} if self.ema is None else self.ema.values()
 
     def state_parameters(self) -> list[Parameter]:
         """What the optimizer's state is kept in."""
@@ -312,15 +306,18 @@ class TrainStep(nn.Cell):
 class StepRunner:
     """Calls a step, compiled at its first call or eager: at once, or batch by batch.
 
-    Parameters replaced by `set_data` after the first compiled call would not be seen, so weights
-    and state are loaded before it.
+    table: (updates, 8) float32, see `update_table`. Parameters replaced by `set_data` after the
+    first compiled call would not be seen, so weights and state are loaded before it.
     """
 
-    def __init__(self, step: TrainStep, eager: bool, jit_level: str = "O0") -> None:
+    def __init__(
+        self, step: TrainStep, table: np.ndarray, eager: bool, jit_level: str = "O0"
+    ) -> None:
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return function if eager else ms.jit(function, jit_level=jit_level)
 
         self._batches = step.batches
+        self._rows = UpdateRows(step, table)
         self._whole = compiled(step.construct)
         self._accumulate = compiled(step.accumulate)
         self._apply = compiled(step.apply)
@@ -328,6 +325,7 @@ class StepRunner:
     def __call__(self, batches: Iterable[Sequence[np.ndarray]]) -> tuple[Any, ...]:
         """One update from the inputs of each of its batches, as `TrainStep.construct` takes them
         and returns."""
+        self._rows.provide()
         if self._batches == 1:
             (arrays,) = batches
             return self._whole(*map(Tensor, arrays))
@@ -340,12 +338,18 @@ class StepRunner:
 
 
 def _zeros(prefix: str, parameters: Sequence[Parameter]) -> ParameterTuple:
-    return ParameterTuple([_own(prefix, p, np.zeros(p.shape, np.float32)) for p in parameters])
+    return ParameterTuple([_named(prefix, p, np.zeros(p.shape, np.float32)) for p in parameters])
 
 
-def _own(prefix: str, parameter: Parameter, value: np.ndarray) -> Parameter:
-    """A float32 parameter of the step's own, named after one of the network's."""
+def _named(prefix: str, parameter: Parameter, value: np.ndarray) -> Parameter:
+    """A float32 parameter that is not the network's, named after one that is."""
     return Parameter(Tensor(value.copy()), prefix + parameter.name, requires_grad=False)
+
+
+def _scalar(name: str, value: float) -> Parameter:
+    """int32 for an int, else float32."""
+    dtype = ms.int32 if isinstance(value, int) else ms.float32
+    return Parameter(Tensor(value, dtype), name=name, requires_grad=False)
 
 
 def _spread(values):

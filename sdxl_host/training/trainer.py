@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,12 @@ from sdxl_host.training.observers import (
     Metrics,
     Progress,
 )
-from sdxl_host.training.optimizer import averaging_shares, configured
+from sdxl_host.training.optimizer import configured
 from sdxl_host.training.resume import find_checkpoint
 from sdxl_host.training.run_folder import RunFolder
 from sdxl_host.training.signals import Interruption
 from sdxl_host.training.step import StepRunner, TrainStep
+from sdxl_host.training.update_table import update_table
 from sdxl_host.weights.networks import build_networks, check_fit
 from sdxl_host.weights.open import open_weight_setting
 
@@ -119,20 +120,23 @@ class Trainer:
         if self.workers.count > 1:
             self.workers.agree(self.parts.digest(), "weights")
         set_precision(self.model, settings)
-        shares = averaging_shares(settings.ema_decay, self.total_steps)
+        self.table = update_table(
+            optimizer,
+            rates,
+            settings.max_grad_norm if settings.clip_grad else None,
+            settings.ema_decay,
+        )
         self.cell = TrainStep(
             self.parts.cell,
             self.parts.trained,
-            optimizer,
-            optimizer.table(rates),
-            settings.max_grad_norm if settings.clip_grad else None,
-            LOSS_SCALE if is_scaled(settings) else None,
+            loss_scale=LOSS_SCALE if is_scaled(settings) else None,
             batches=settings.gradient_accumulation_steps,
-            averaging=shares if settings.use_ema else None,
+            has_ema=settings.use_ema,
             float32=halve_parameters(self.parts.cell, settings.ms_amp_dtype)
             if settings.param_fp16
             else None,
-            workers=self.workers.count,
+            ranks=self.workers.count,
+            rows=max(1024, settings.sink_size),
         )
         self.guard = FiniteGuard(self.cell.is_scaled)
         # Of plugins, as they were after a step's hooks where those are asked ahead: see sink.
@@ -147,7 +151,7 @@ class Trainer:
         )
         self._inputs = Inputs(self.hooks, self.model, places, config.data.per_batch_size)
         self._eager = settings.ms_mode == 1
-        self._run_step = StepRunner(self.cell, self._eager, settings.jit_level)
+        self._run_step = StepRunner(self.cell, self.table, self._eager, settings.jit_level)
         self._sampler: ImageSampler | None = None
         self.curve_lines, self.plugin_notes = summary.plugin_lines(config, checkpoint)
         for line in summary.start_lines(self, optimizer, checkpoint, changes, source):
@@ -244,7 +248,9 @@ class Trainer:
 
         step = data_sink.SinkStep(self.cell, size, self.batch_size)
         calls = (self.total_steps - self.step) // size
-        outputs = data_sink.outputs(step, prepared(), calls, self._feed, self.hooks.state_dict)
+        outputs = data_sink.outputs(
+            step, self.table, prepared(), calls, self._feed, self.hooks.state_dict
+        )
         observing = self.hooks.observing_plugins()
         for own, given, self.is_at_rest, states in outputs:
             # A plugin that observes is told of this step only now, and answers nothing ahead of it.
@@ -290,7 +296,7 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the network computes with the moving averages, where `use_ema` keeps them."""
-        return self.cell.averaged()
+        return nullcontext() if self.cell.ema is None else self.cell.ema.swapped_in()
 
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder."""

@@ -27,9 +27,10 @@ from sdxl_host.models.precision import (
 )
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.settings.schema import TrainSettings
-from sdxl_host.training.optimizer import AdamW, averaging_shares
+from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.trainer import Trainer
+from sdxl_host.training.update_table import update_table
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -60,10 +61,9 @@ def make(half: bool, batches: int = 1) -> tuple[TrainStep, Tiny]:
         parameter.set_data(Tensor(values.astype(np.float32)))
     apply_precision(network, "O2")
     copies = halve_parameters(network, "float16") if half else None
-    optimizer = AdamW(weight_decay=0.0)
     step = TrainStep(
-        network, list(network.get_parameters()), optimizer, optimizer.table(np.full(50, 1e-5)),
-        None, 256.0, batches=batches, averaging=averaging_shares(0.9999, 50), float32=copies,
+        network, list(network.get_parameters()),
+        loss_scale=256.0, batches=batches, has_ema=True, float32=copies,
     )  # fmt: skip
     return step, network
 
@@ -89,7 +89,8 @@ def test_updates_are_made_on_float32_copies(eager: bool) -> None:
     copies rounded, and the averages are of the copies."""
     (half, network), (full, _) = make(True), make(False)
     begun = values(half.weights)
-    runners = [StepRunner(step, eager) for step in (half, full)]
+    table = update_table(AdamW(weight_decay=0.0), np.full(50, 1e-5), ema_decay=0.9999)
+    runners = [StepRunner(step, table, eager) for step in (half, full)]
     for seed in range(30):
         for runner in runners:
             assert bool(runner([inputs(seed)])[3].asnumpy())
@@ -101,7 +102,7 @@ def test_updates_are_made_on_float32_copies(eager: bool) -> None:
         assert difference.max() <= 0.1 * moved.max(), copy.name
         rounded = copy.asnumpy().astype(parameter.asnumpy().dtype)
         assert rounded.tobytes() == parameter.asnumpy().tobytes()
-        average = values(half.averages)[f"ema.{parameter.name}"]
+        average = values(half.ema.averages)[f"ema.{parameter.name}"]
         assert (np.abs(average - copies[copy.name]) <= moved + 1e-6).all()
     halves = {p.name for p in network.get_parameters() if p.dtype == ms.float16}
     assert halves == {p.name for p in network.get_parameters()} - {"norm.gamma", "norm.beta"}

@@ -25,6 +25,7 @@ from sdxl_host.training import step as step_module
 from sdxl_host.training.observers import FiniteGuard
 from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.step import StepRunner, TrainStep
+from sdxl_host.training.update_table import update_table
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -32,6 +33,7 @@ TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 BATCH, CHANNELS, SIDE = 2, 2, 4
 # With so large an epsilon an update grows with the gradient, as a wrong scale would show.
 OPTIMIZER = AdamW(eps=0.1, weight_decay=0.1)
+RATES = np.full(200, 0.01)
 
 Arrays = dict[str, np.ndarray]
 
@@ -63,8 +65,9 @@ def make_step(
         values = generator.standard_normal(parameter.shape) * 0.5 + 0.1
         parameter.set_data(Tensor(values.astype(np.float32)))
     apply_precision(network, level)
-    parameters, table = list(network.get_parameters()), OPTIMIZER.table(np.full(200, 0.01))
-    return TrainStep(network, parameters, OPTIMIZER, table, max_grad_norm, loss_scale)
+    step = TrainStep(network, list(network.get_parameters()), loss_scale=loss_scale)
+    step.load_rows(update_table(OPTIMIZER, RATES, max_grad_norm))
+    return step
 
 
 def make_inputs(seed: int = 0, *, spoiled: bool = False) -> list[Tensor]:
@@ -148,7 +151,7 @@ def test_what_each_cell_of_the_network_computes_in(level, monkeypatch):
     network.time_embed.register_forward_hook(lambda cell, inputs, output: times.append(inputs[0]))
     parameters = list(network.get_parameters())
     scale = 256.0 if is_half(level) else None
-    step = TrainStep(network, parameters, OPTIMIZER, OPTIMIZER.table(np.ones(1)), None, scale)
+    step = TrainStep(network, parameters, loss_scale=scale)
     generator = np.random.default_rng(0)
     shapes = [(1, 3, 4, 4), (1, 3, 4, 4), (6, 1), (1, 5, 32), (1, 64), (1, 5)]
     arrays = [generator.uniform(0.5, 1.0, shape).astype(np.float32) for shape in shapes]
@@ -298,8 +301,9 @@ def test_the_scale_is_doubled_after_2000_updates():
 def test_compiled_equals_eager(monkeypatch):
     """At O2, over a growth and an overflow; the scale reported is the one that was used."""
     monkeypatch.setattr(step_module, "_GROWTH_INTERVAL", 2)
-    steps = [make_step(64.0, "O2", 2.0) for _ in range(2)]
-    runners = (StepRunner(s, e) for s, e in zip(steps, (False, True), strict=True))
+    table = update_table(OPTIMIZER, RATES, 2.0)
+    steps = [make_step(64.0, "O2") for _ in range(2)]
+    runners = (StepRunner(s, table, e) for s, e in zip(steps, (False, True), strict=True))
     graph, eager = (
         lambda *inputs, runner=runner: runner([[array.asnumpy() for array in inputs]])
         for runner in runners

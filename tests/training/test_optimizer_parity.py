@@ -16,8 +16,9 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from sdxl_host.training.lr_schedulers import LambdaWarmUpScheduler, learning_rates
-from sdxl_host.training.optimizer import AdamW, Optimizer, averaging_shares
+from sdxl_host.training.optimizer import AdamW, Optimizer
 from sdxl_host.training.step import StepRunner, TrainStep
+from sdxl_host.training.update_table import update_table
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -82,7 +83,7 @@ class Driver:
         *,
         batches: int = 1,
         loss_scale: float | None = None,
-        averaging: np.ndarray | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         network = Given()
         for name, parameter in network.parameters_dict().items():
@@ -90,16 +91,14 @@ class Driver:
         self.step = TrainStep(
             network,
             network.trainable_params(),
-            optimizer,
-            optimizer.table(np.asarray(rates, np.float64)),
-            limit,
-            loss_scale,
+            loss_scale=loss_scale,
             batches=batches,
-            averaging=averaging,
+            has_ema=ema_decay is not None,
         )
+        table = update_table(optimizer, np.asarray(rates, np.float64), limit, ema_decay or 0.0)
         self.names = [parameter.name for parameter in self.step.parameters]
         self.batches = batches
-        self.run = StepRunner(self.step, eager=True)
+        self.run = StepRunner(self.step, table, eager=True)
         self._deviations = np.random.default_rng(3)
 
     def update(self, gradients: Arrays) -> tuple[np.ndarray, ...]:
@@ -108,7 +107,9 @@ class Driver:
 
     def values(self, prefix: str = "") -> Arrays:
         """The parameters, or what the step keeps beside them ("ema.", "adam_m."), in float64."""
-        kept = {"": self.step.parameters, "ema.": self.step.averages, "adam_m.": self.step.moments1}
+        kept: Any = {"": self.step.parameters, "adam_m.": self.step.moments1}
+        if self.step.ema is not None:
+            kept["ema."] = self.step.ema.averages
         pairs = zip(self.names, kept[prefix], strict=True)
         return {name: parameter.asnumpy().astype(np.float64) for name, parameter in pairs}
 
@@ -257,15 +258,6 @@ def test_accumulating_is_the_update_of_the_whole_gradient(limit):
 # ---- moving averages
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999, 1.0])
-def test_averaging_shares(decay):
-    """1 - min(decay, (1 + k) / (10 + k)), k updates made before: 0.9 at first."""
-    shares = averaging_shares(decay, 40)
-    assert shares.dtype == np.float64
-    expected = [1 - min(decay, (1 + k) / (10 + k)) for k in range(40)]
-    np.testing.assert_allclose(shares, expected, rtol=1e-12)
-
-
 def closed_form(start: np.ndarray, weights: Sequence[np.ndarray], decay: float) -> np.ndarray:
     """The average after updates to these weights, as a sum: the i-th enters with 1 - d_i and is
     kept by every later d_j, and so is the start by all."""
@@ -283,9 +275,8 @@ def test_fifty_updates_of_the_moving_average(decay, batches):
     0.8 until k = 35. What was skipped, with a gradient that is not a number, has no part in it."""
     start = random_arrays(0)
     skipped = {1, 8, 9, 31, 50}
-    shares = averaging_shares(decay, UPDATES)
     driver = Driver(
-        *(start, AdamW(weight_decay=0.1), [0.05] * UPDATES), batches=batches, averaging=shares
+        *(start, AdamW(weight_decay=0.1), [0.05] * UPDATES), batches=batches, ema_decay=decay
     )
     assert_close(driver.values("ema."), driver.values())
     applied = []
@@ -312,8 +303,8 @@ def test_fifty_updates_of_the_moving_average(decay, batches):
 def test_the_average_is_not_what_is_trained():
     """With and without it the weights are the same, bit for bit."""
     ends = []
-    for averaging in (None, averaging_shares(0.5, 5)):
-        driver = Driver(random_arrays(0), AdamW(), [0.05] * 5, averaging=averaging)
+    for ema_decay in (None, 0.5):
+        driver = Driver(random_arrays(0), AdamW(), [0.05] * 5, ema_decay=ema_decay)
         for k in range(5):
             driver.update(random_arrays(k))
         ends.append(driver.values())

@@ -23,9 +23,9 @@ from sdxl_host.config.load import load, restore
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.errors import ConfigError
+from sdxl_host.training.ema import ema_shares
 from sdxl_host.training.lr_schedulers import LinearScheduler
 from sdxl_host.training.observers import Metrics
-from sdxl_host.training.optimizer import averaging_shares
 from sdxl_host.training.resume import find_checkpoint
 from sdxl_host.training.run_folder import settings_text
 from sdxl_host.training.summary import end_lines, plugin_list
@@ -436,8 +436,8 @@ def test_the_same_weights_may_be_written_otherwise(
 
 def test_averages_of_a_run_do_not_follow_its_length() -> None:
     """So a longer run is the same run as far as both go."""
-    shares = averaging_shares(0.9999, 50)
-    assert shares[:20].tolist() == averaging_shares(0.9999, 20).tolist()
+    shares = ema_shares(0.9999, 50)
+    assert shares[:20].tolist() == ema_shares(0.9999, 20).tolist()
 
 
 def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(
