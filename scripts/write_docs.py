@@ -30,14 +30,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from sdxl_host.cli import main as command_line
+from sdxl_host.config import mindone
 from sdxl_host.errors import PluginError
 from sdxl_host.hookspecs import HOOKS, hookimpl
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed, find, fitting, import_class
 from sdxl_host.plugins.roles import implementations
 from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, SCHEMAS
-from sdxl_host.settings.targets import _TARGETS as TARGETS
+from sdxl_host.settings.schema import SCHEMAS, SETTINGS, UNBUILT
+from sdxl_host.settings.targets import TARGETS
 from sdxl_host.testing.runs import only
 
 ROOT = Path(__file__).parents[1]
@@ -190,13 +191,10 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _settings(section: str) -> tuple[list[str], list[list[str]]]:
     """The keys of a section of the config, and the flags that set them."""
-    flags = {home: flag for flag, home in FLAG_HOMES.items()}
-    if section == "train":
-        flags = {f"train.{row['name']}": row["name"] for row in describe(SCHEMAS["train"])}
     rows = []
     for row in describe(SCHEMAS[section]):
         key = f"{section}.{row['name']}"
-        flag = f"`--{flags[key]}`" if key in flags else ""
+        flag = f"`--{SETTINGS[key].flag}`" if SETTINGS[key].flag else ""
         rows.append([f"`{key}`", flag, *_described(row)])
     return ["key", "flag", "type", "default", "what it is"], rows
 
@@ -222,8 +220,8 @@ def _described(row: dict[str, Any]) -> list[str]:
 def _refused() -> tuple[list[str], list[list[str]]]:
     """Flags of the training guide whose part is not built."""
     rows = [
-        [f"`--{name}`", ", ".join(f"`{value}`" for value in allowed) or "leave it out", what]
-        for name, (allowed, what) in NOT_YET.items()
+        [f"`--{s.flag}`", ", ".join(f"`{one}`" for one in s.only) or "leave it out", s.part]
+        for s in UNBUILT.values()
     ]
     return ["flag", "may only be", "because this is not part of it"], rows
 
@@ -262,18 +260,17 @@ def _overview() -> tuple[list[str], list[list[str]]]:
     return ["hook", "arguments", *(f"`{name}`" for name in FIRST_PARTY)], rows
 
 
-_PROVIDED = {"first_stage": "scale_factor"}  # the engine gives it
-
-
 def _targets() -> tuple[list[str], list[list[str]]]:
-    """Every target: where it stands, its params with their defaults, its names in old configs."""
+    """Every target: where it stands, its params with their defaults, its names in MindONE."""
     rows = []
     for target in TARGETS:
         module, _, name = target.path.partition(":")
-        kept = [one for one in _parameters(module, name) if one != _PROVIDED.get(target.slot)]
-        params = [*kept, *(f"{key} (no effect)" for key in target.idle)]
+        kept = [one for one in _parameters(module, name) if one not in target.provided]
+        idle = mindone.IDLE_PARAMS.get(target.name, {})
+        params = [*kept, *(f"{key} (no effect)" for key in idle)]
         cells = [f"`sdxl_host.{target.name}`", target.slot, ", ".join(params)]
-        rows.append([*cells, ", ".join(f"`{old}`" for old in target.old)])
+        old = [f"`{name}`" for name, ours in mindone.TARGETS.items() if ours == target.name]
+        rows.append([*cells, ", ".join(old)])
     return ["target", "stands for", "params", "in old configs"], rows
 
 

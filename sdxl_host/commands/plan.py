@@ -44,10 +44,10 @@ def plan(arguments: Sequence[str]) -> int:
     folder = _folder(given)
 
     from sdxl_host.config.load import load
-    from sdxl_host.config.provenance import commented_yaml, origins
+    from sdxl_host.config.provenance import commented_yaml
 
     config = load(words)
-    text = commented_yaml(config, origins(words, config))
+    text = commented_yaml(config)
 
     from sdxl_host.device import prepare_device
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
-# Settings of training that say how the network runs, so drawing heeds them too.
-_SHARED = ("ms_mode", "ms_amp_level", "ms_amp_dtype", "device_target")
 _CONFIG = "configs/inference/sd_xl_base.yaml"
 _EPILOG = """\
 With --checkpoint the model and its plugins are those it was trained with. With --weight the model
@@ -150,18 +148,15 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _check_for_training(word: str) -> None:
     """Raises ConfigError for a setting of training that drawing has no use for."""
-    from dataclasses import fields
-
-    from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, TrainSettings
+    from sdxl_host.settings.schema import FLAGS, SCHEMAS, SETTINGS, UNBUILT
 
     name = word.partition("=")[0]
     if name.startswith("--"):
         name = name[2:].replace("-", "_")
-        is_idle = name in {f.name for f in fields(TrainSettings)} | {*FLAG_HOMES, *NOT_YET}
+        is_of_training, setting = name in {*FLAGS, *UNBUILT}, FLAGS.get(name)
     else:
-        section, _, name = name.partition(".")
-        is_idle = section in ("train", "data", "optim")
-    if is_idle and name not in _SHARED:
+        is_of_training, setting = name.partition(".")[0] in SCHEMAS, SETTINGS.get(name)
+    if is_of_training and not (setting and setting.for_drawing):
         raise ConfigError(
             f"{word}: is a setting of training and has no effect here; sdxl-host sample --help "
             "lists what may be given"

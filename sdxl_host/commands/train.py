@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from sdxl_host.config.load import RunConfig, load
-from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, DataSettings, TrainSettings
+from sdxl_host.settings.schema import FLAGS, UNBUILT
+from sdxl_host.settings.values import type_name
 
 __all__ = ["train"]
 
@@ -48,16 +48,11 @@ def _say(line: str) -> None:
 def _help() -> str:
     from sdxl_host.plugins.discovery import discover
 
-    rows = {row["name"]: row for row in describe(DataSettings) + describe(TrainSettings)}
-    flags = [("config", "FILE", "a YAML file, yours or a packaged one"),
-             ("plugins", "A,B", "plugins of this run, in order; none for no plugin"),
-             ("data_path", "FOLDER", "captioned images to learn from")]  # fmt: skip
-    for name in [
-        *(n for n in FLAG_HOMES if n != "data_path"),
-        *(r["name"] for r in describe(TrainSettings)),
-    ]:
-        row = rows[name]
-        flags.append((name, row["type"], f"{row['help']} [{row['default']}]"))
+    flags = [
+        ("config", "FILE", "a YAML file, yours or a packaged one"),
+        ("plugins", "A,B", "plugins of this run, in order; none for no plugin"),
+        *((s.flag, type_name(s.type), f"{s.help} [{s.default}]") for s in FLAGS.values()),
+    ]
     names = ", ".join(sorted({plugin.name for plugin in discover()})) or "none"
     lines = [
         "usage: sdxl-host train [--flag VALUE ...] [section.key=value ...]",
@@ -68,6 +63,6 @@ def _help() -> str:
         "",
         f"Plugins installed: {names}. An option of a plugin is a flag too, --snr_gamma 5.0, and",
         "selects it; sdxl-host plugins --check lists them.",
-        f"Not part of this version, and refused: {', '.join('--' + name for name in NOT_YET)}.",
+        f"Not part of this version, and refused: {', '.join('--' + name for name in UNBUILT)}.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Target names that plugins serve: an old config's `EDMScaling` selects the plugin edm.
+"""Target names that plugins stand for: a config's `EDMScaling` selects the plugin edm.
 
 A package declares them in the entry-point group `sdxl_host.targets`, each name with one function:
 
@@ -17,24 +17,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from sdxl_host.config.interpolation import as_written
+from sdxl_host.config.layers import Layers
 from sdxl_host.errors import ConfigError, PluginError
-from sdxl_host.plugins.discovery import Entry, Installed, entries
+from sdxl_host.plugins.discovery import (
+    KNOWN_DISTRIBUTIONS,
+    TARGETS_OF_PLUGINS,
+    Entry,
+    Installed,
+    entries,
+)
 from sdxl_host.plugins.selection import Selection
 from sdxl_host.settings.targets import is_known
 
 __all__ = ["GROUP", "adopt"]
 
 GROUP = "sdxl_host.targets"
-
-# Old names that a plugin serves, and the package to install: only for the message that it is not.
-_KNOWN_DISTRIBUTIONS = {
-    "EDMScaling": "sdxl-edm",
-    "EDMWeighting": "sdxl-edm",
-    "EDMSampling": "sdxl-edm",
-    "EDMDiscretization": "sdxl-edm",
-}
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,35 @@ class _Node:
         return self.target.rpartition(".")[2]
 
 
-def adopt(tree: DictConfig, selection: Selection, set_by_hand: set[str]) -> None:
+def adopt(layers: Layers, selection: Selection) -> None:
     """Turns the targets of plugins in `tree.model` into those plugins' options, and selects them.
 
-    set_by_hand: keys that an override on the command line sets; they go before. Raises ConfigError
-    where a target's plugin is not installed or left out, or where the config says two things.
+    Options that the command line sets go before. Raises ConfigError where a target's plugin is not
+    installed or left out, or where the config says two things.
     """
-    nodes = list(_nodes(OmegaConf.to_container(tree.model, resolve=False), "model"))
+    nodes = list(_nodes(as_written(layers.tree.model), "model"))
     foreign = [node for node in nodes if not is_known(node.target)]
     if not foreign:
         return
     served = _served()
-    owners: dict[str, list[_Node]] = {}
+    by_distribution: dict[str, list[_Node]] = {}
     for node in foreign:
         if node.target in served:
-            owners.setdefault(served[node.target].distribution, []).append(node)
-        elif node.short in _KNOWN_DISTRIBUTIONS:
+            by_distribution.setdefault(served[node.target].distribution, []).append(node)
+        elif node.short in TARGETS_OF_PLUGINS:
             raise PluginError(
                 f"{node.place}.target: {node.target} needs a plugin that is not installed; "
-                f"pip install {_KNOWN_DISTRIBUTIONS[node.short]}"
+                f"pip install {KNOWN_DISTRIBUTIONS[TARGETS_OF_PLUGINS[node.short]]}"
             )
-    for distribution, own in owners.items():
+    for distribution, adopted in by_distribution.items():
         plugin = _plugin_of(distribution, selection.installed)
-        _select(plugin, own[0], selection)
-        options = _options(served[own[0].target], plugin, _parts(nodes))
-        _merge(tree, plugin, options, own[0], set_by_hand)
-        for node in own:
+        _select(plugin, adopted[0], selection)
+        options = _options(served[adopted[0].target], plugin, _parts(nodes))
+        names = sorted({node.short for node in adopted})
+        _merge(layers, plugin, options, adopted[0], f"target {', '.join(names)}")
+        for node in adopted:
             parent, _, key = node.place.rpartition(".")
-            holder = OmegaConf.select(tree, parent)
+            holder = OmegaConf.select(layers.tree, parent)
             if holder is not None and key in holder:
                 del holder[key]
 
@@ -123,12 +124,13 @@ def _served() -> dict[str, Entry]:
 
 
 def _plugin_of(distribution: str, installed: list[Installed]) -> Installed:
-    own = [plugin for plugin in installed if plugin.distribution == distribution]
-    if len(own) != 1:
+    provided = [plugin for plugin in installed if plugin.distribution == distribution]
+    if len(provided) != 1:
         raise PluginError(
-            f"{distribution} declares targets and {len(own)} plugins; it must provide exactly one"
+            f"{distribution} declares targets and {len(provided)} plugins; it must provide exactly "
+            "one"
         )
-    return own[0]
+    return provided[0]
 
 
 def _select(plugin: Installed, node: _Node, selection: Selection) -> None:
@@ -165,23 +167,21 @@ def _options(
 
 
 def _merge(
-    tree: DictConfig,
-    plugin: Installed,
-    options: Mapping[str, Any],
-    node: _Node,
-    set_by_hand: set[str],
+    layers: Layers, plugin: Installed, options: Mapping[str, Any], node: _Node, origin: str
 ) -> None:
     """Options into `plugins.<name>`, where one that is there already must be the same."""
-    if tree.plugins.get(plugin.name) is None:
-        tree.plugins[plugin.name] = {}
-    section = tree.plugins[plugin.name]
+    if layers.tree.plugins.get(plugin.name) is None:
+        layers.tree.plugins[plugin.name] = {}
+    layers.select(plugin.name, origin)
+    section = layers.tree.plugins[plugin.name]
     for name, value in options.items():
         key = f"plugins.{plugin.name}.{name}"
-        if key in set_by_hand:
+        if layers.on_command_line(key):
             continue
-        if name in section and section[name] != value:
+        if name not in section:
+            layers.set(key, value, origin, key)
+        elif section[name] != value:
             raise ConfigError(
                 f"{key}: is {section[name]!r}, and {node.place} with what belongs to it says "
                 f"{value!r}; remove one of them"
             )
-        section[name] = value

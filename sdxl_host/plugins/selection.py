@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig
 
-from sdxl_host.errors import ConfigError, PluginError, did_you_mean
+from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.plugins import discovery
 from sdxl_host.plugins.discovery import KNOWN_DISTRIBUTIONS, Installed
-from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, OLD_FLAGS, TrainSettings
 
 __all__ = ["Selection"]
 
@@ -69,8 +68,11 @@ class Selection:
         if name not in self._names:
             self._names.append(name)
 
-    def owner_of(self, flag: str) -> tuple[str, str, Any]:
-        """(plugin, option, type) that a flag such as snr_gamma means. Raises HostError."""
+    def owner_of(self, flag: str) -> tuple[str, str, Any] | None:
+        """(plugin, option, type) that a flag such as snr_gamma means, or None for no plugin's flag.
+
+        Raises HostError for one of two plugins, and of a plugin that is not installed or broken.
+        """
         selected = [p for p in self.installed if p.name in self._names]
         others = [p for p in self.installed if p.name not in self._names]
         broken: list[PluginError] = []
@@ -97,19 +99,12 @@ class Selection:
                 )
         if broken:
             raise broken[0]
-        raise self._unknown(flag, prefixed)
+        return None
 
-    def _unknown(self, flag: str, prefixed: list[str]) -> ConfigError:
-        if flag in OLD_FLAGS:
-            return ConfigError(f"--{flag}: was a flag of the old trainer; {OLD_FLAGS[flag]}")
-        known = [field.name for field in fields(TrainSettings)]
-        known += [*FLAG_HOMES, *NOT_YET, "plugins", "config"]
-        for name in prefixed:
-            known += [f"{name}_{field}" for field in self._option_types(name)]
-        return ConfigError(
-            f"--{flag}: there is no such flag{did_you_mean(flag, known)}; "
-            "sdxl-host train --help lists them"
-        )
+    def flags_like(self, flag: str) -> list[str]:
+        """The flags of every installed plugin whose name begins `flag`."""
+        names = [name for name, _ in _candidates(flag, self.installed)]
+        return [f"{name}_{option}" for name in names for option in self._option_types(name)]
 
     def _class(self, name: str) -> type:
         if name not in self._classes:

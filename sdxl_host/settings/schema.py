@@ -1,184 +1,358 @@
-"""The typed sections of the config, and the flags that set them.
+"""Every setting of the sections `train`, `data` and `optim`, each declared once with its facts.
 
-`model` is the engine's (see `engine`); `plugins` holds each plugin's own options.
+`model` is what `config.model_section` makes of it; `plugins` holds the options of each plugin.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from sdxl_host.settings.options import option
+from sdxl_host.errors import ConfigError
+from sdxl_host.settings.facts import Needs, Setting, setting, settings_of
 
 __all__ = [
-    "FLAG_HOMES",
-    "NOT_YET",
-    "OLD_FLAGS",
+    "FLAGS",
     "SCHEMAS",
+    "SETTINGS",
+    "UNBUILT",
     "DataSettings",
     "OptimSettings",
     "TrainSettings",
+    "UnbuiltSettings",
 ]
+
+_COMPILED = Needs(lambda train: train.ms_mode == 0, "ms_mode 1 compiles nothing", "use --ms_mode 0")
 
 
 @dataclass
 class TrainSettings:
-    """`train`: the run itself. Each field is a flag of the same name."""
+    """`train`: the run itself. Each field is a flag of the same name too."""
 
-    weight: str = option(
+    weight: str = setting(
         "",
         help="weights to start from: a .safetensors file, a diffusers folder, a MindSpore .ckpt or "
         "a checkpoint folder; several with commas between, a later one goes before",
+        touches="start",
+        path="weights",
     )
-    seed: int = option(42, help="seed of all randomness", minimum=0, maximum=2**64 - 1)
-    save_path: str = option("./runs", help="folder that runs are written to")
-    save_path_with_time: bool = option(True, help="a folder named by date and time for each run")
-    resume: str = option("", help="continue a run: a checkpoint folder, or `latest`")
-    allow_changes: bool = option(
-        False, help="resume although settings or plugins differ; the differences are named"
+    seed: int = setting(
+        42, help="seed of all randomness", minimum=0, maximum=2**64 - 1, touches="numbers"
     )
-    resume_step: int = option(
-        0, help="continue from --weight CHECKPOINT, which must be of this step", minimum=0
+    save_path: str = setting(
+        "./runs",
+        help="folder that runs are written to",
+        touches="start",
+        path="a folder",
+        needs=Needs(
+            lambda train: not train.continues_elsewhere, "a resumed run goes on in its own folder"
+        ),
     )
-    optimizer_weight: str = option(
-        "", help="the optimizer's state to continue with: that of the checkpoint in --weight"
+    save_path_with_time: bool = setting(
+        True, help="a folder named by date and time for each run", touches="start"
     )
-    log_interval: int = option(1, help="steps between lines in metrics.jsonl", minimum=1)
-    save_ckpt_interval: int = option(1000, help="steps between checkpoints", minimum=1)
-    max_num_ckpt: int = option(0, help="checkpoints kept, the newest; 0: all of them", minimum=0)
-    save_optimizer: bool = option(
-        True, help="False: checkpoints of weights alone, which can't be resumed"
+    resume: str = setting(
+        "",
+        help="continue a run: a checkpoint folder, or `latest`",
+        touches="start",
+        path="a checkpoint folder, or `latest`",
     )
-    gradient_accumulation_steps: int = option(
-        1, help="batches of per_batch_size whose gradients make one update", minimum=1
+    allow_changes: bool = setting(
+        False,
+        help="resume although settings or plugins differ; the differences are named",
+        touches="start",
+        needs=Needs(
+            lambda train: not train.allow_changes or train.continues,
+            "no run is resumed",
+            "use --resume latest",
+        ),
     )
-    scale_lr: bool = option(
-        False, help="multiply the learning rate by the global batch: samples in an update"
+    resume_step: int = setting(
+        0,
+        help="continue from --weight CHECKPOINT, which must be of this step",
+        minimum=0,
+        touches="start",
     )
-    use_ema: bool = option(
-        False, help="keep a moving average of the weights; images are drawn from it"
+    optimizer_weight: str = setting(
+        "",
+        help="the optimizer's state to continue with: that of the checkpoint in --weight",
+        touches="start",
+        path="the optimizer's state",
     )
-    ema_decay: float = option(
-        0.9999, help="of use_ema, reached as (1 + k) / (10 + k) grows", minimum=0.0, maximum=1.0
+    log_interval: int = setting(
+        1, help="steps between lines in metrics.jsonl", minimum=1, touches="display"
     )
-    clip_grad: bool = option(False, help="clip gradients by their global norm")
-    max_grad_norm: float = option(1.0, help="the norm that clip_grad clips to", above=0.0)
-    sample_interval: int = option(
-        0, help="steps between image grids; 0: only at the end", minimum=0
+    save_ckpt_interval: int = setting(
+        1000, help="steps between checkpoints", minimum=1, touches="display"
     )
-    sample_prompts: list[str] = option(
-        [], help="prompts of the grids; none: the first captions of the data"
+    max_num_ckpt: int = setting(
+        0, help="checkpoints kept, the newest; 0: all of them", minimum=0, touches="display"
     )
-    sample_count: int = option(8, help="images in a grid without sample_prompts", minimum=1)
-    sample_steps: int = option(20, help="sampling steps of the grids", minimum=1)
-    guidance_scale: float = option(3.0, help="classifier-free guidance of the grids", minimum=0.0)
-    negative_prompt: str = option(
-        "", help="what the grids' guidance leads away from; empty: the zero embedding"
+    save_optimizer: bool = setting(
+        True, help="False: checkpoints of weights alone, which can't be resumed", touches="display"
     )
-    sampler: Literal["auto", "euler", "euler_a", "heun", "dpmpp_2m"] = option(
-        "auto", help="sampler of the grids; auto: the model's own"
+    gradient_accumulation_steps: int = setting(
+        1,
+        help="batches of per_batch_size whose gradients make one update",
+        minimum=1,
+        touches="numbers",
     )
-    spacing: Literal["auto", "trailing", "karras", "edm"] = option(
-        "auto", help="noise levels of the grids; auto: the model's own"
+    scale_lr: bool = setting(
+        False,
+        help="multiply the learning rate by the global batch: samples in an update",
+        touches="numbers",
     )
-    ms_mode: int = option(0, help="0: compiled steps; 1: eager (PyNative)", minimum=0, maximum=1)
-    ms_amp_level: Literal["O0", "O1", "O2", "O3"] = option(
+    use_ema: bool = setting(
+        False,
+        help="keep a moving average of the weights; images are drawn from it",
+        touches="numbers",
+    )
+    ema_decay: float = setting(
+        0.9999,
+        help="of use_ema, reached as (1 + k) / (10 + k) grows",
+        minimum=0.0,
+        maximum=1.0,
+        touches="numbers",
+        needs=Needs(lambda train: train.use_ema, "use_ema is off", "use --use_ema True"),
+    )
+    clip_grad: bool = setting(False, help="clip gradients by their global norm", touches="numbers")
+    max_grad_norm: float = setting(
+        1.0,
+        help="the norm that clip_grad clips to",
+        above=0.0,
+        touches="numbers",
+        needs=Needs(lambda train: train.clip_grad, "clip_grad is off"),
+    )
+    sample_interval: int = setting(
+        0, help="steps between image grids; 0: only at the end", minimum=0, touches="display"
+    )
+    sample_prompts: list[str] = setting(
+        [], help="prompts of the grids; none: the first captions of the data", touches="display"
+    )
+    sample_count: int = setting(
+        8,
+        help="images in a grid without sample_prompts",
+        minimum=1,
+        touches="display",
+        needs=Needs(
+            lambda train: not train.sample_prompts,
+            "a grid shows the sample_prompts",
+            "give as many prompts as images",
+        ),
+    )
+    sample_steps: int = setting(
+        20, help="sampling steps of the grids", minimum=1, touches="display"
+    )
+    guidance_scale: float = setting(
+        3.0, help="classifier-free guidance of the grids", minimum=0.0, touches="display"
+    )
+    negative_prompt: str = setting(
+        "",
+        help="what the grids' guidance leads away from; empty: the zero embedding",
+        touches="display",
+        needs=Needs(
+            lambda train: not train.negative_prompt or train.guidance_scale != 1,
+            "guidance_scale 1 is no guidance",
+            "use --guidance_scale 3",
+        ),
+    )
+    sampler: Literal["auto", "euler", "euler_a", "heun", "dpmpp_2m"] = setting(
+        "auto", help="sampler of the grids; auto: the model's own", touches="display"
+    )
+    spacing: Literal["auto", "trailing", "karras", "edm"] = setting(
+        "auto", help="noise levels of the grids; auto: the model's own", touches="display"
+    )
+    ms_mode: int = setting(
+        0,
+        help="0: compiled steps; 1: eager (PyNative)",
+        minimum=0,
+        maximum=1,
+        touches="graph",
+        for_drawing=True,
+    )
+    ms_amp_level: Literal["O0", "O1", "O2", "O3"] = setting(
         "O0",
         help="O0: float32; O1: products in float16; O2: float16 but for norms and SiLU; "
         "O3: float16 throughout",
+        touches="numbers",
+        for_drawing=True,
     )
-    ms_amp_dtype: Literal["float16", "bfloat16"] = option(
-        "float16", help="what stands for float16 in ms_amp_level; bfloat16 needs no loss scale"
+    ms_amp_dtype: Literal["float16", "bfloat16"] = setting(
+        "float16",
+        help="what stands for float16 in ms_amp_level; bfloat16 needs no loss scale",
+        touches="numbers",
+        for_drawing=True,
+        needs=Needs(
+            lambda train: train.ms_amp_level != "O0" or train.ms_amp_dtype == "bfloat16",
+            "everything is float32 at ms_amp_level O0",
+        ),
     )
-    param_fp16: bool = option(
-        False, help="keep weights in 16 bits, but for norms; updates are made on float32 copies"
+    param_fp16: bool = setting(
+        False,
+        help="keep weights in 16 bits, but for norms; updates are made on float32 copies",
+        touches="numbers",
     )
-    jit_level: Literal["O0", "O1"] = option(
-        "O0", help="MindSpore's optimization of compiled steps; O1 fuses more and compiles longer"
+    jit_level: Literal["O0", "O1"] = setting(
+        "O0",
+        help="MindSpore's optimization of compiled steps; O1 fuses more and compiles longer",
+        touches="graph",
+        needs=_COMPILED,
     )
-    compile_cache: str = option(
-        "", help="folder to keep compiled graphs in, so that the same run starts at once"
+    compile_cache: str = setting(
+        "",
+        help="folder to keep compiled graphs in, so that the same run starts at once",
+        touches="speed",
+        needs=_COMPILED,
     )
-    max_device_memory: str = option(
-        "", help="most memory that MindSpore takes of an Ascend device, such as 59GB"
+    max_device_memory: str = setting(
+        "",
+        help="most memory that MindSpore takes of an Ascend device, such as 59GB",
+        touches="speed",
     )
-    is_parallel: bool = option(
-        False, help="share each update among the workers that msrun has started"
+    is_parallel: bool = setting(
+        False, help="share each update among the ranks that msrun has started", touches="graph"
     )
-    data_sink: bool = option(
-        False, help="run sink_size steps a call from a queue on an Ascend device"
+    data_sink: bool = setting(
+        False, help="run sink_size steps a call from a queue on an Ascend device", touches="graph"
     )
-    sink_size: int = option(10, help="steps in a call of data_sink", minimum=1)
-    sink_queue_size: int = option(
-        -1, help="steps whose data the queue of data_sink holds; -1: MindSpore's own", minimum=-1
+    sink_size: int = setting(
+        10,
+        help="steps in a call of data_sink",
+        minimum=1,
+        touches="graph",
+        needs=Needs(lambda train: train.data_sink, "data_sink is off"),
     )
-    device_target: Literal["auto", "CPU", "Ascend"] = option(
-        "auto", help="auto: Ascend where MindSpore has one, else CPU"
+    sink_queue_size: int = setting(
+        -1,
+        help="steps whose data the queue of data_sink holds; -1: MindSpore's own",
+        minimum=-1,
+        touches="speed",
+        needs=Needs(lambda train: train.data_sink, "data_sink is off"),
     )
+    device_target: Literal["auto", "CPU", "Ascend"] = setting(
+        "auto",
+        help="auto: Ascend where MindSpore has one, else CPU",
+        touches="graph",
+        for_drawing=True,
+    )
+
+    def __post_init__(self) -> None:
+        if self.sink_queue_size == 0:
+            raise ConfigError(
+                "train.sink_queue_size: a queue of 0 steps holds nothing; give at least 1, or -1 "
+                "for MindSpore's own size"
+            )
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run goes on from a checkpoint of this program."""
+        return bool(self.resume or self.resume_step or self.optimizer_weight)
+
+    @property
+    def continues_elsewhere(self) -> bool:
+        """Whether the run that it continues lies outside `save_path`."""
+        if not self.continues or self.resume == "latest":
+            return False
+        folder = Path(self.resume or self.weight).expanduser().resolve()
+        return Path(self.save_path).expanduser().resolve() not in folder.parents
 
 
 @dataclass
 class DataSettings:
     """`data`: what is learned from, how much at once, and for how long."""
 
-    dataset_config: dict[str, Any] = option({}, help="target and params of the dataset")
-    per_batch_size: int = option(1, help="samples of one device in a batch", minimum=1)
-    total_step: int = option(100000, help="steps of the run, one optimizer update each", minimum=1)
-    num_parallel_workers: int = option(2, help="threads that load images", minimum=1)
-    python_multiprocessing: bool = option(
-        False, help="processes instead of threads; only False so far"
+    dataset_config: dict[str, Any] = setting(
+        {}, help="target and params of the dataset", touches="numbers"
     )
-    shuffle: bool = option(True, help="a new order in every epoch")
+    per_batch_size: int = setting(
+        1, help="samples of one device in a batch", minimum=1, touches="numbers", flag=True
+    )
+    total_step: int = setting(
+        100000,
+        help="steps of the run, one optimizer update each",
+        minimum=1,
+        touches="length",
+        flag=True,
+    )
+    num_parallel_workers: int = setting(
+        2, help="threads that load images", minimum=1, touches="speed"
+    )
+    python_multiprocessing: bool = setting(
+        False, help="processes instead of threads; only False so far", touches="speed"
+    )
+    shuffle: bool = setting(True, help="a new order in every epoch", touches="numbers")
+
+    def __post_init__(self) -> None:
+        if self.python_multiprocessing:
+            raise ConfigError(
+                "data.python_multiprocessing: True is not supported; images are loaded by "
+                "data.num_parallel_workers threads, set it to False"
+            )
 
 
 @dataclass
 class OptimSettings:
     """`optim`: the update."""
 
-    base_learning_rate: float = option(1e-5, help="learning rate after warm-up", above=0.0)
-    optimizer_config: dict[str, Any] = option({}, help="target and params of the optimizer")
-    scheduler_config: dict[str, Any] | None = option(
-        None, help="target and params of the learning-rate schedule; none: constant"
+    base_learning_rate: float = setting(
+        1e-5, help="learning rate after warm-up", above=0.0, touches="numbers"
     )
+    optimizer_config: dict[str, Any] = setting(
+        {}, help="target and params of the optimizer", touches="numbers"
+    )
+    scheduler_config: dict[str, Any] | None = setting(
+        None,
+        help="target and params of the learning-rate schedule; none: constant",
+        touches="numbers",
+    )
+
+
+@dataclass
+class UnbuiltSettings:
+    """Flags of the training guide whose part is not built; then each moves to the section above."""
+
+    task: str = setting(
+        "train",
+        help="train, or make a cache of latents and text embeddings",
+        touches="start",
+        part="caching",
+        only=("train", "txt2img"),
+    )
+    cache_latent: bool = setting(
+        False, help="read latents from a cache", touches="speed", part="caching", only=("False",)
+    )
+    cache_text_embedding: bool = setting(
+        False,
+        help="read text embeddings from a cache",
+        touches="speed",
+        part="caching",
+        only=("False",),
+    )
+    cache_path: str = setting("", help="folder of the cache", touches="start", part="caching")
 
 
 # The sections whose keys are known beforehand.
 SCHEMAS: dict[str, type] = {"train": TrainSettings, "data": DataSettings, "optim": OptimSettings}
 
-# Flags whose home is not `train`.
-FLAG_HOMES = {
-    "data_path": "data.dataset_config.params.data_path",
-    "per_batch_size": "data.per_batch_size",
-    "total_step": "data.total_step",
-}
+# The one flag that sets a key below a section's: a parameter of the dataset.
+_DATA_PATH = Setting(
+    key="data.dataset_config.params.data_path",
+    type=str,
+    default="",
+    help="captioned images to learn from",
+    touches="numbers",
+    flag="data_path",
+    path="a folder of images",
+)
 
-# Flags of the training guide whose part is not built: the one value each may have, and what it is.
-NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
-    "task": (("train", "txt2img"), "caching"),
-    "cache_latent": (("False",), "caching"),
-    "cache_text_embedding": (("False",), "caching"),
-    "cache_path": ((), "caching"),
-}
+_DECLARED = [one for section, schema in SCHEMAS.items() for one in settings_of(section, schema)]
 
-# Flags of the old trainer that have no place here, and what to do instead.
-_CLOUD = "files are not copied to or from a cloud here; copy them yourself and give their paths"
-OLD_FLAGS = {
-    "version": "the config says what model it is; leave it out",
-    "sd_xl_base_ratios": "images are drawn at the size of the data; leave it out",
-    "save_ckpt_only_rank_zero": "no other rank writes here; leave it out",
-    "dataset_load_tokenizer": "captions become tokens with their embeddings here; leave it out",
-    "max_embeddings_multiples": "it is the plugin's here; use --lpw_max_embeddings_multiples",
-    "infer_during_train": "images are drawn every so many steps; use --sample_interval",
-    "infer_interval": "images are drawn every so many steps; use --sample_interval",
-    "ms_enable_graph_kernel": "it was for GPUs, which this program does not run on; leave it out",
-    "ms_enable_allreduce_fusion": "workers exchange each gradient by itself; leave it out",
-    "overflow_still_update": "gradients that are not finite are never applied; leave it out",
-    "dynamic_shape": "all images of a run have one size here; leave it out",
-    "parallel_mode": "workers share the data of an update; use --is_parallel True",
-    "enable_modelarts": _CLOUD,
-    "ckpt_url": _CLOUD,
-    "train_url": _CLOUD,
-    "multi_data_url": _CLOUD,
-    "pretrain_url": _CLOUD,
-    "ckpt_dir": _CLOUD,
+# Every setting by its key; every flag of `train` by its name, those of other sections first.
+SETTINGS = {one.key: one for one in [_DATA_PATH, *_DECLARED]}
+FLAGS = {
+    one.flag: one
+    for one in sorted(SETTINGS.values(), key=lambda one: one.key.startswith("train."))
+    if one.flag
 }
+UNBUILT = {one.flag: one for one in settings_of("train", UnbuiltSettings)}

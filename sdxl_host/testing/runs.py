@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import importlib_metadata
 
 from sdxl_host.config import plugin_targets
-from sdxl_host.config.load import RunConfig, find_config, load, read_yaml
+from sdxl_host.config.load import RunConfig, load
+from sdxl_host.config.yaml_files import find_config, read_yaml
 from sdxl_host.plugins import discovery
 from sdxl_host.plugins.discovery import normalize
 

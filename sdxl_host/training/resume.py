@@ -15,40 +15,11 @@ from sdxl_host.checkpoints.open import Checkpoint, find_latest, open_checkpoint
 from sdxl_host.config.load import RunConfig
 from sdxl_host.errors import ConfigError, DataError, in_brief
 from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import SCHEMAS, TrainSettings
+from sdxl_host.settings.schema import SCHEMAS, SETTINGS, TrainSettings
 from sdxl_host.training.optimizer import configured
 from sdxl_host.training.run_folder import started_from
 
 __all__ = ["find_checkpoint"]
-
-
-# A resumed run must be the same run; only its length, where the steps of both lengths are the same,
-# and what is shown of it may change.
-_MAY_DIFFER = (
-    "data.total_step",
-    "data.num_parallel_workers",
-    "train.allow_changes",
-    "train.weight",
-    "train.resume",
-    "train.resume_step",
-    "train.optimizer_weight",
-    "train.save_path",
-    "train.save_path_with_time",
-    "train.save_ckpt_interval",
-    "train.max_num_ckpt",
-    "train.max_device_memory",
-    "train.compile_cache",
-    "train.sink_queue_size",
-    "train.save_optimizer",
-    "train.sample_interval",
-    "train.sample_prompts",
-    "train.sample_count",
-    "train.sample_steps",
-    "train.guidance_scale",
-    "train.negative_prompt",
-    "train.sampler",
-    "train.spacing",
-)
 
 
 def find_checkpoint(
@@ -157,7 +128,7 @@ def _differences(saved: Any, mine: Any, key: str = "") -> Iterator[str]:
             yield from _differences(saved.get(name), mine.get(name), inside)
         if key == "plugins" and list(saved) != list(mine):
             yield f"plugins in the order {', '.join(saved)} there and {', '.join(mine)} here"
-    elif saved != mine and key not in _MAY_DIFFER:
+    elif saved != mine and not (key in SETTINGS and SETTINGS[key].may_differ):
         yield f"{key} is {saved!r} there and {mine!r} here"
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import sdxl_host
 from sdxl_host.cli import main
 from sdxl_host.config.load import RunConfig, load
-from sdxl_host.config.provenance import commented_yaml, origins
+from sdxl_host.config.provenance import commented_yaml
 from sdxl_host.data.folder import Captioned
 from sdxl_host.diffusion.conditioning import TextEncoders
 from sdxl_host.diffusion.model import DiffusionModel
@@ -61,9 +61,8 @@ def images(folder: Path, captions: dict[str, str]) -> Path:
 
 def known(*words: str) -> tuple[RunConfig, dict[str, str]]:
     """The config and its origins by dotted key."""
-    words = ("--config", TINY, *words)
-    config = load(words)
-    return config, {".".join(place): origin for place, origin in origins(words, config).items()}
+    config = load(("--config", TINY, *words))
+    return config, {".".join(place): origin for place, origin in config.origins.items()}
 
 
 def test_each_layer_is_told_by_its_name() -> None:
@@ -134,7 +133,7 @@ def test_plugins_of_the_file_and_of_overrides(tmp_path: Path) -> None:
     OmegaConf.save(tree, tmp_path / "mine.yaml")
     words = ["--config", str(tmp_path / "mine.yaml"), "plugins.snr.gamma=2",
              "plugins.lpw.convention=kohya", "--lpw"]  # fmt: skip
-    found = origins(words, load(words))
+    found = load(words).origins
     assert found["plugins", "timestep_bias"] == "mine.yaml"
     assert found["plugins", "timestep_bias", "strategy"] == "mine.yaml"
     assert found["plugins", "timestep_bias", "portion"] == "default of timestep_bias"
@@ -181,7 +180,7 @@ def test_options_that_a_plugin_makes_of_targets(site, tmp_path: Path) -> None:
     OmegaConf.save(tree, tmp_path / "old.yaml")
     words = ["--config", str(tmp_path / "old.yaml"), "plugins.twist.mean=4"]
     config = load(words)
-    found = origins(words, config)
+    found = config.origins
     names = "target TwistedSampling, TwistedScaling"
     assert found["plugins", "twist", "size"] == names
     assert found["plugins", "twist", "mean"] == "override"
@@ -190,7 +189,7 @@ def test_options_that_a_plugin_makes_of_targets(site, tmp_path: Path) -> None:
 
 
 def test_without_a_config_the_packaged_one_is_named() -> None:
-    found = origins([], load([]))
+    found = load([]).origins
     assert found["model", "target"] == "default.yaml"
     assert found["train", "seed"] == "default"
 
@@ -203,7 +202,7 @@ def test_the_yaml_is_the_config_and_repeats_the_run(tmp_path: Path) -> None:
         "--negative_prompt", "one\ntwo: [3] \x7f",
     ]  # fmt: skip
     config = load(words)
-    text = commented_yaml(config, origins(words, config))
+    text = commented_yaml(config)
     assert '  negative_prompt: "one\\ntwo: [3] \\x7F"' in text
     assert "sample_prompts: ['a: b # c', 'yes', \"two\\nlines\", \u00fc, '']" in text
     assert yaml.safe_load(text) == OmegaConf.to_container(config.tree)
@@ -214,7 +213,7 @@ def test_the_yaml_is_the_config_and_repeats_the_run(tmp_path: Path) -> None:
 def test_comments_are_aligned_and_stand_behind_every_value() -> None:
     words = ["--config", TINY, "--plugins", "snr", "--seed", "3"]
     config = load(words)
-    lines = commented_yaml(config, origins(words, config)).splitlines()
+    lines = commented_yaml(config).splitlines()
     parts = [line.partition("  # ") for line in lines]
     columns = {len(before) for before, hash_mark, _ in parts if hash_mark}
     # One target is longer than all comments should be pushed aside for.

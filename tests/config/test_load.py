@@ -11,9 +11,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from sdxl_host.config.load import DEFAULT_CONFIG, load, packaged_configs, restore
+from sdxl_host.config.load import load, restore
+from sdxl_host.config.yaml_files import DEFAULT_CONFIG, packaged_configs
 from sdxl_host.errors import ConfigError, HostError
-from sdxl_host.settings.schema import NOT_YET
+from sdxl_host.settings.schema import FLAGS, UNBUILT
 
 # No plugin is installed as far as these tests see.
 pytestmark = pytest.mark.usefixtures("site")
@@ -220,22 +221,13 @@ def test_a_word_after_a_switch_that_is_no_truth_value_is_refused_with_the_flag(w
     refuse(words, r"^--clip_grad maybe: does not fit its type, bool; give True or False$")
 
 
-PATHS = {
-    "weight": "train.weight",
-    "resume": "train.resume",
-    "optimizer_weight": "train.optimizer_weight",
-    "save_path": "train.save_path",
-    "data_path": "data.dataset_config.params.data_path",
-}
-
-
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", ["weight", "resume", "optimizer_weight", "save_path", "data_path"])
 def test_an_empty_path_of_the_command_line_is_refused(name):
     """An unset variable leaves one; in a file it means none."""
     told = r": is empty, as an unset variable is; give .*, or leave it out$"
     for words in ([f"--{name}", ""], [f"--{name}="], [f"--{name}", " "]):
         refuse(words, f"^--{name}{told}")
-    refuse([f"{PATHS[name]}="], f"^{re.escape(PATHS[name])}{told}")
+    refuse([f"{FLAGS[name].key}="], f"^{re.escape(FLAGS[name].key)}{told}")
 
 
 @pytest.mark.parametrize("words", [["--seed", "-1"], ["--seed=-1"]])
@@ -552,127 +544,25 @@ def test_an_interpolation_that_leads_nowhere_is_refused(site, write, sections, m
 # ---- the guide's flags
 
 
-NOT_BUILT = [(name, value) for name, (allowed, _) in NOT_YET.items() for value in allowed]
-ANOTHER = {
-    "task": "cache",
-    "cache_path": "./cache_data",
-    "gradient_accumulation_steps": "2",
-    "max_device_memory": "59GB",
-    "sink_size": "100",
-    "sink_queue_size": "10",
-    "resume_step": "5",
-    "optimizer_weight": "optimizer.ckpt",
-    "save_optimizer": "False",
-    "ms_amp_level": "O2",
-}
-
-
-@pytest.mark.parametrize(("name", "value"), NOT_BUILT)
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, one in UNBUILT.items() for value in one.only]
+)
 def test_what_is_not_built_may_be_switched_off_by_name(name, value):
     assert load([f"--{name}", value, "--seed", "3"]).tree == load(["--seed", "3"]).tree
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-@pytest.mark.parametrize("equals", [True, False])
-def test_what_is_not_built_is_refused_by_name(name, equals):
-    value = ANOTHER.get(name, "True")
-    words = [f"--{name}={value}"] if equals else [f"--{name}", value]
-    said = refuse(words, rf"^--{name} {value}: .*is not part of this version; ")
-    for allowed in NOT_YET[name][0]:
-        assert allowed in said
-
-
-@pytest.mark.parametrize("name", [n for n, (a, _) in NOT_YET.items() if "False" in a])
-def test_a_bare_switch_of_what_is_not_built_is_refused(name):
-    refuse([f"--{name}"], rf"^--{name} True: .*is not part of this version")
-
-
-GUIDE = [
-    "config",
-    "weight",
-    "data_path",
-    "per_batch_size",
-    "gradient_accumulation_steps",
-    "clip_grad",
-    "max_grad_norm",
-    "use_ema",
-    "scale_lr",
-    "max_device_memory",
-    "is_parallel",
-    "data_sink",
-    "sink_size",
-    "sink_queue_size",
-    "resume_step",
-    "optimizer_weight",
-    "save_optimizer",
-    "ms_amp_level",
-    "param_fp16",
-    "timestep_bias_strategy",
-    "timestep_bias_multiplier",
-    "timestep_bias_begin",
-    "timestep_bias_end",
-    "timestep_bias_portion",
-    "snr_gamma",
-    "task",
-    "cache_latent",
-    "cache_text_embedding",
-    "cache_path",
-    "lpw",
-]
-
-
-@pytest.mark.parametrize("name", GUIDE)
-def test_every_flag_of_the_training_guide_is_known(name):
-    """It is served, or refused by name, or its plugin is named; it is never unknown."""
-    said = ""
-    try:
-        load([f"--{name}", "1"])
-    except HostError as error:
-        said = str(error)
-    assert "there is no such flag" not in said
-
-
-# ---- old configs
-
-
-def test_idle_keys_of_old_files_are_accepted_and_named(write):
-    diffusion = "gm.modules.diffusionmodules."
-    legacy = {"target": diffusion + "discretizer.LegacyDDPMDiscretization"}
-    model = default()["model"]
-    model["target"] = "gm.models.diffusion.DiffusionEngine"
-    model["params"] |= {"use_ema": False, "input_key": "image"}
-    model["params"]["denoiser_config"] = {
-        "target": diffusion + "denoiser.DiscreteDenoiser",
-        "params": {
-            "num_idx": 1000,
-            "quantize_c_noise": True,
-            "flip": True,
-            "discretization_config": legacy,
-        },
-    }
-    model["params"]["sigma_sampler_config"] = {
-        "target": diffusion + "sigma_sampling.DiscreteSampling",
-        "params": {"num_idx": 1000, "flip": True, "discretization_config": legacy},
-    }
-    model["params"]["loss_fn_config"] = {
-        "target": diffusion + "loss.StandardDiffusionLoss",
-        "params": {"keep_loss_fp32": True},
-    }
-    config = load(write(model=model, version="SDXL-base-1.0"))
-    named = [line.partition(" has no effect: ") for line in config.notices]
-    assert all(reason for _, _, reason in named)
-    assert {key for key, _, _ in named} == {
-        "version",
-        "model.params.use_ema",
-        "model.params.input_key",
-        "model.params.denoiser_config.params.num_idx",
-        "model.params.denoiser_config.params.quantize_c_noise",
-        "model.params.denoiser_config.params.flip",
-        "model.params.sigma_sampler_config.params.num_idx",
-        "model.params.sigma_sampler_config.params.flip",
-        "model.params.loss_fn_config.params.keep_loss_fp32",
-    }
-    assert "version" not in config.tree
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--task=cache"], "only be train or txt2img"),
+        (["--cache_latent"], "only be False"),
+        (["--cache_text_embedding", "True"], "only be False"),
+        (["--cache_path", "./cache"], "leave it out"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(words, remedy):
+    name = words[0].partition("=")[0]
+    refuse(words, rf"^{name} .*: caching is not part of this version; .*{remedy}$")
 
 
 def test_nothing_is_named_where_nothing_is_idle():

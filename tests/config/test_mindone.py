@@ -12,18 +12,20 @@ from typing import Any
 import importlib_metadata
 import numpy as np
 import pytest
+import yaml
 
-from sdxl_host.config import plugin_targets
-from sdxl_host.config.load import load, packaged_configs
+from sdxl_host.config import mindone, plugin_targets
+from sdxl_host.config.load import load
+from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.errors import ConfigError
 from sdxl_host.settings import targets
-from sdxl_host.settings.schema import FLAG_HOMES, NOT_YET, OLD_FLAGS, SCHEMAS, TrainSettings
+from sdxl_host.settings.schema import FLAGS, SCHEMAS, SETTINGS, UNBUILT
 
 DOCS = Path(__file__).parents[2] / "docs"
 TINY = ["--config", str(packaged_configs() / "tiny.yaml"), "--plugins", "none"]
 
 # What MindONE's train.py had, in the versions that are known.
-FLAGS = """
+OLD_TRAINERS_FLAGS = """
 version config task cache_latent cache_text_embedding cache_path gradient_accumulation_steps
 clip_grad max_grad_norm use_ema weight per_batch_size scale_lr timestep_bias_strategy
 timestep_bias_multiplier timestep_bias_begin timestep_bias_end timestep_bias_portion snr_gamma seed
@@ -144,7 +146,7 @@ def codes(cell: str) -> list[str]:
 
 def own_flags() -> set[str]:
     """Every flag of train but those of plugins."""
-    return {"config", "plugins", *TrainSettings.__dataclass_fields__, *FLAG_HOMES, *NOT_YET}
+    return {"config", "plugins", *FLAGS, *UNBUILT}
 
 
 @cache
@@ -163,7 +165,7 @@ def plugin_flags() -> frozenset[str]:
 @pytest.mark.parametrize(
     ("title", "kept"),
     [
-        ("Flags", [f"--{name}" for name in FLAGS.split()]),
+        ("Flags", [f"--{name}" for name in OLD_TRAINERS_FLAGS.split()]),
         ("Config keys", KEYS.split()),
         ("Targets", SERVED.split() + NOT_SERVED.split()),
     ],
@@ -189,15 +191,14 @@ def test_every_difference_in_meaning_has_a_row(word: str) -> None:
 
 def test_every_target_with_an_old_name_is_on_the_page() -> None:
     """So that one which is added gets its row."""
-    old = {name for target in targets._TARGETS for name in target.old}
-    assert old <= set(SERVED.split())
-    assert set(OLD_FLAGS) <= set(FLAGS.split())
+    assert set(mindone.TARGETS) <= set(SERVED.split())
+    assert set(mindone.OLD_FLAGS) <= set(OLD_TRAINERS_FLAGS.split())
 
 
 # ---- every row is true
 
 
-@pytest.mark.parametrize("name", FLAGS.split())
+@pytest.mark.parametrize("name", OLD_TRAINERS_FLAGS.split())
 def test_a_flag_is_what_its_row_says(name: str) -> None:
     here = ROWS["Flags"][f"--{name}"]
     if here == "refused":
@@ -206,11 +207,11 @@ def test_a_flag_is_what_its_row_says(name: str) -> None:
         return
     (flag,) = codes(here)
     assert flag.removeprefix("--") in own_flags() | plugin_flags()
-    assert (name in OLD_FLAGS) == (flag != f"--{name}")
+    assert (name in mindone.OLD_FLAGS) == (flag != f"--{name}")
 
 
 def test_no_cell_names_a_flag_key_or_target_that_is_not_here() -> None:
-    known = own_flags() | plugin_flags() | set(FLAGS.split())
+    known = own_flags() | plugin_flags() | set(OLD_TRAINERS_FLAGS.split())
     cells = [cell for rows in PAGE.values() for row in rows for cell in row]
     for code in [code for cell in cells for code in codes(cell)]:
         for flag in re.findall(r"--(\w+)", code):
@@ -229,8 +230,9 @@ def plugin_target_names() -> set[str]:
 @pytest.mark.parametrize("name", SERVED.split())
 def test_an_old_target_means_ours(name: str) -> None:
     ours = codes(ROWS["Targets"][name])[0]
-    if name in targets._BY_NAME:
-        assert targets._BY_NAME[name] is targets._BY_NAME[ours]
+    if name in mindone.TARGETS:
+        assert f"sdxl_host.{mindone.TARGETS[name]}" == ours
+        assert targets.is_known(ours)
         return
     assert (
         "of the plugin edm" in ROWS["Targets"][name]
@@ -243,14 +245,10 @@ def test_an_old_target_means_ours(name: str) -> None:
 
 @pytest.mark.parametrize("name", NOT_SERVED.split())
 def test_a_target_that_is_not_here_is_refused(name: str) -> None:
-    names = [*targets._BY_NAME, *plugin_target_names()]
+    names = [*(f"sdxl_host.{target.name}" for target in targets.TARGETS), *plugin_target_names()]
     assert name not in {known.rpartition(".")[2] for known in names}
     for code in codes(ROWS["Targets"][name]):
         assert code == "metadata.jsonl" or any(known.endswith(f".{code}") for known in names)
-
-
-def target_named(name: str) -> targets.Target:
-    return targets._BY_NAME[f"sdxl_host.{name}"]
 
 
 @pytest.mark.parametrize("key", KEYS.split())
@@ -265,17 +263,18 @@ def test_a_key_is_what_its_row_says(key: str, tmp_path: Path) -> None:
         file.write_text(f"{key}: SDXL-base-1.0\n{Path(TINY[1]).read_text('utf-8')}", "utf-8")
         assert load(["--config", str(file)]).notices[0].startswith(f"{key} has no effect: ")
     else:
-        target = target_named(owner)
+        (target,) = [one for one in targets.TARGETS if one.name == owner]
         module, _, cls = target.path.partition(":")
         signature = inspect.signature(getattr(importlib.import_module(module), cls))
-        read, idle = name in signature.parameters, name in target.idle
+        read, idle = name in signature.parameters, name in mindone.IDLE_PARAMS.get(owner, {})
+        assert not (read and idle)
         assert here == ("no effect" if idle else "same" if read else "refused")
 
 
 def test_a_refused_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^data\.num_epochs: there is no such option"):
         load([*TINY, "data.num_epochs=3"])
-    node = {"target": "gm.models.diffusion.DiffusionEngine", "params": {"latents_mean": [0.0]}}
+    node = {"target": "sdxl_host.DiffusionEngine", "params": {"latents_mean": [0.0]}}
     with pytest.raises(ConfigError, match=r"^model\.params\.latents_mean: .* no such parameter"):
         targets.build(node, "model", "model")
 
@@ -306,11 +305,8 @@ def test_the_page_of_flags_has_every_flag_once_and_no_other() -> None:
 
 
 def test_the_page_of_flags_has_every_other_key_once() -> None:
-    keys = {f"{name}.{key}" for name, s in SCHEMAS.items() for key in s.__dataclass_fields__}
-    homes = {f"train.{name}" for name in TrainSettings.__dataclass_fields__}
-    homes |= set(FLAG_HOMES.values())
     rows = [row[0].strip("`") for row in TRAINING["Keys that are no flags"]]
-    assert sorted(rows) == sorted(keys - homes)
+    assert sorted(rows) == sorted(key for key, setting in SETTINGS.items() if not setting.flag)
 
 
 def test_the_page_of_flags_names_no_flag_or_key_that_is_not_here() -> None:
@@ -322,14 +318,13 @@ def test_the_page_of_flags_names_no_flag_or_key_that_is_not_here() -> None:
             assert key in SCHEMAS[section].__dataclass_fields__, code
 
 
-def test_the_page_lists_what_a_resumed_run_may_differ_in(device: str) -> None:
-    from sdxl_host.training import resume
-
+def test_the_page_lists_what_a_resumed_run_may_differ_in() -> None:
     text = (DOCS / "training.md").read_text("utf-8")
     (listed,) = re.findall(r"A resumed run may always differ in (.*?)\n\n", text, re.DOTALL)
     # Those that say which run is resumed need no word.
     which = {"weight", "resume", "resume_step", "optimizer_weight", "allow_changes"}
-    may = set(resume._MAY_DIFFER) - {f"train.{name}" for name in which}
+    may = {one.key for one in SETTINGS.values() if one.may_differ and one.flag not in which}
+    may.discard("data.python_multiprocessing")  # it has one value only
     assert {code for code in codes(listed) if "." in code} == may
 
 
@@ -343,3 +338,111 @@ def test_the_numbers_of_the_loss_scale_are_those_of_the_program(device: str) -> 
     assert f"after {step._GROWTH_INTERVAL} updates without" in text
     assert f"at most 2^{np.log2(precision.LARGEST_LOSS_SCALE):.0f}" in text
     assert f"the {observers._OVERFLOWS + 1}th in a row ends the run" in text
+
+
+# ---- names are rewritten while a config is read
+
+
+def written(tmp_path: Path, **sections: Any) -> list[str]:
+    """Arguments that name the tiny config with other sections."""
+    tree = yaml.safe_load(Path(TINY[1]).read_text("utf-8"))
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump({**tree, **sections}, sort_keys=False), "utf-8")
+    return ["--config", str(file), "--plugins", "none"]
+
+
+def with_old_names(node: Any) -> Any:
+    """A part of a config with every target under its old name, where it had one."""
+    old = {f"sdxl_host.{ours}": name for name, ours in mindone.TARGETS.items()}
+    if isinstance(node, dict):
+        return {key: with_old_names(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [with_old_names(value) for value in node]
+    return old.get(node, node) if isinstance(node, str) else node
+
+
+def test_a_file_of_old_names_is_the_file_of_ours(tmp_path: Path) -> None:
+    tree = yaml.safe_load(Path(TINY[1]).read_text("utf-8"))
+    old = with_old_names(tree)
+    assert old["model"] != tree["model"]
+    assert old["data"] != tree["data"]
+    config = load(written(tmp_path, **old))
+    assert config.tree == load(TINY).tree
+    assert config.origins == {**load(TINY).origins} | {
+        place: "old.yaml" for place, origin in config.origins.items() if origin == "old.yaml"
+    }
+
+
+def test_an_old_name_may_be_put_together_or_overridden(tmp_path: Path) -> None:
+    target = "data.dataset_config.params.transforms[0].target"
+    for name in ("gm.data.mappers.Resize", "gm.data.${.word}.Resize"):
+        words = [f"{target}={name}"]
+        if "word" in name:
+            words.append(f"{target.removesuffix('target')}word=mappers")
+        tree = load([*TINY, *words]).tree
+        assert tree.data.dataset_config.params.transforms[0].target == "sdxl_host.Resize"
+
+
+def test_keys_without_effect_are_taken_out_and_named_once(tmp_path: Path) -> None:
+    tree = yaml.safe_load(Path(TINY[1]).read_text("utf-8"))
+    params = tree["model"]["params"]
+    params |= {"use_ema": False, "input_key": "image"}
+    params["denoiser_config"] = {
+        "target": "gm.modules.diffusionmodules.denoiser.DiscreteDenoiser",
+        "params": {"num_idx": 1000, "flip": True},
+    }
+    # An idle key may still be what another one refers to.
+    params["sigma_sampler_config"] = {
+        "target": "sdxl_host.DiscreteSampling",
+        "params": {
+            "num_idx": 1000,
+            "discretization_config": {
+                "target": "sdxl_host.LegacyDDPMDiscretization",
+                "params": {"num_timesteps": "${...num_idx}"},
+            },
+        },
+    }
+    params["first_stage_config"] = {
+        "target": "gm.models.autoencoder.AutoencoderKL",
+        "params": {"monitor": "x", "ddconfig": {"resolution": 256, "ch": 32}},
+    }
+    config = load(written(tmp_path, **tree, version="SDXL-base-1.0"))
+    named = [line.partition(" has no effect: ") for line in config.notices]
+    assert all(reason for _, _, reason in named)
+    assert [key for key, _, _ in named] == [
+        "version",
+        "model.params.use_ema",
+        "model.params.input_key",
+        "model.params.first_stage_config.params.monitor",
+        "model.params.first_stage_config.params.ddconfig.resolution",
+        "model.params.denoiser_config.params.num_idx",
+        "model.params.denoiser_config.params.flip",
+        "model.params.sigma_sampler_config.params.num_idx",
+    ]
+    left = config.tree.model.params
+    assert "version" not in config.tree
+    assert left.first_stage_config.params == {"ddconfig": {"ch": 32}}
+    discretization = left.sigma_sampler_config.params.discretization_config
+    assert left.sigma_sampler_config.params == {"discretization_config": discretization}
+    assert discretization.params.num_timesteps == 1000
+
+
+def test_an_old_name_that_nobody_stands_for_is_refused_with_a_suggestion() -> None:
+    words = [*TINY, "data.dataset_config.params.transforms[0].target=gm.data.mappers.Resise"]
+    with pytest.raises(ConfigError, match=r"^data\.dataset_config\..*\[0\]\.target: .*Resize\?"):
+        load(words)
+
+
+@pytest.mark.parametrize("name", mindone.OLD_FLAGS)
+def test_an_old_flag_is_refused_with_what_to_do_instead(name: str) -> None:
+    advice = mindone.OLD_FLAGS[name]
+    for words in ([f"--{name}"], [f"--{name}=True"]):
+        with pytest.raises(ConfigError, match=rf"^--{name}: was a flag .*{re.escape(advice)}$"):
+            load(words)
+    for other in re.findall(r"--(\w+)", advice):
+        assert other in own_flags() | plugin_flags()
+
+
+def test_a_plugin_may_have_a_flag_that_was_an_old_one(site: Any) -> None:
+    site.add("parallel", "mode: int = 1")
+    assert load([*TINY[:2], "--parallel_mode=3"]).plugins[0].options.mode == 3

@@ -11,7 +11,8 @@ import pytest
 from mindspore.nn.utils import no_init_parameters
 from omegaconf import OmegaConf
 
-from sdxl_host.config.load import load, packaged_configs
+from sdxl_host.config.load import load
+from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.errors import ConfigError
 from sdxl_host.models.layers import sinusoids

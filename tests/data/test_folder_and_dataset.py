@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sdxl_host.config.load import packaged_configs
+from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.data import dataset as dataset_module
 from sdxl_host.data.dataset import DEMO_IMAGES, Text2ImageDataset
 from sdxl_host.data.folder import read_folder

@@ -18,14 +18,16 @@ from mindspore import Tensor, nn, ops
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError, HostError
 from sdxl_host.models.layers import Conv2d, Dense, sinusoids
-from sdxl_host.models.precision import LEVELS, apply_precision, is_half
+from sdxl_host.models.precision import LEVELS, apply_precision, is_half, set_precision
 from sdxl_host.models.unet import UNetModel
+from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.plugins.step_result import StepResult
 from sdxl_host.training import step as step_module
 from sdxl_host.training.observers import FiniteGuard
 from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.update_table import update_table
+from sdxl_host.weights.networks import build_networks
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -388,3 +390,37 @@ def test_with_a_scale_the_25th_skipped_step_in_a_row_ends_the_run():
         see(False)
     with pytest.raises(HostError, match=NOT_FINITE):
         see(False)
+
+
+# ---- the first stage
+
+NETWORK = "model.params.network_config.params"
+AUTOENCODER = (
+    "model.params.first_stage_config={target: sdxl_host.AutoencoderKL, params: {embed_dim: 4, "
+    "ddconfig: {double_z: true, z_channels: 4, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1], "
+    "num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}}}"
+)
+
+
+def test_the_first_stage_keeps_float32() -> None:
+    """Its latents at O2 are those at O0, bit for bit, but where the switch is off."""
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
+
+    def latents(level: str, switch: str) -> np.ndarray:
+        config = load([
+            "--config", TINY, "--plugins=none", AUTOENCODER, f"{NETWORK}.in_channels=4",
+            f"{NETWORK}.out_channels=4", f"{NETWORK}.channel_mult=[1]",
+            f"{NETWORK}.transformer_depth=[1]", f"--ms_amp_level={level}",
+            f"model.params.disable_first_stage_amp={switch}",
+        ])  # fmt: skip
+        model = make_hooks(config.plugins).build_model(config.tree)
+        build_networks(model, 0)
+        set_precision(model, config.train)
+        return model.first_stage.encode(pixels, np.zeros((1, 4, 16, 16), np.float32))
+
+    full = latents("O0", "True")
+    np.testing.assert_array_equal(latents("O2", "True"), full)
+    np.testing.assert_array_equal(latents("O0", "False"), full)
+    half = latents("O2", "False")
+    assert (half != full).any()
+    np.testing.assert_allclose(half, full, atol=0.01 * np.abs(full).max())

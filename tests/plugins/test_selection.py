@@ -10,7 +10,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from sdxl_host.config.load import DEFAULT_CONFIG, RunConfig, load, packaged_configs, restore
+from sdxl_host.config.load import RunConfig, load, restore
+from sdxl_host.config.yaml_files import DEFAULT_CONFIG, packaged_configs
 from sdxl_host.errors import ConfigError, HostError, PluginError
 
 SIZE = 'size: int = option(3, help="how big", minimum=0)'

@@ -16,9 +16,8 @@ import sdxl_host
 from sdxl_host.config.model_section import DiffusionEngine
 from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import ConfigError
-from sdxl_host.settings.targets import _TARGETS, build, idle_params, look_up
+from sdxl_host.settings.targets import TARGETS, build
 
-DIFFUSION = "gm.modules.diffusionmodules."
 RESIZE = {"target": "sdxl_host.Resize", "params": {"size": 64}}
 SIGMA = np.array([0.05, 0.5, 1.0, 7.0])
 ABSENT = {"target": "sdxl_host.NotBuiltYet"}  # networks are built when first used
@@ -34,13 +33,6 @@ def refuse(node: Any, message: str, slot: str = "transform") -> str:
 # ---- look-up
 
 
-def test_our_name_and_the_old_one_mean_the_same_class():
-    one = build(RESIZE, "transform", "here")
-    other = build({**RESIZE, "target": "gm.data.mappers.Resize"}, "transform", "here")
-    assert type(one) is type(other)
-    assert one.size == other.size == 64
-
-
 @pytest.mark.parametrize("params", [{}, {"params": None}, {"params": {}}])
 def test_params_may_be_left_out(params):
     assert build({"target": "sdxl_host.Transpose", **params}, "transform", "here") is not None
@@ -53,7 +45,6 @@ def test_params_may_be_left_out(params):
             {"target": "sdxl_host.Resise"},
             r"^here\.target: .*no such target \(did you mean sdxl_host\.Resize\?\)",
         ),
-        ({"target": "gm.data.mappers.Resise"}, r"did you mean gm\.data\.mappers\.Resize\?"),
         ({"target": "Resize"}, r"^here\.target: Resize: there is no such target"),
         ({"target": "sdxl_host.UNetModel"}, r"^here\.target: .*is a network; a transform must"),
         ({"target": None}, r"^here\.target: None: there is no such target"),
@@ -79,16 +70,8 @@ def test_a_node_that_names_nothing_that_fits_is_refused_with_its_place(node, mes
 def test_the_known_targets_of_the_slot_are_listed():
     said = refuse({"target": "zzz"}, "no such target")
     assert "sdxl_host.Resize" in said
-    assert "gm.data.mappers.Transpose" in said
+    assert "sdxl_host.Transpose" in said
     assert "UNetModel" not in said
-
-
-@pytest.mark.parametrize("target", _TARGETS, ids=lambda target: target.name)
-def test_no_target_stands_in_a_foreign_slot(target):
-    for slot in {other.slot for other in _TARGETS} - {target.slot}:
-        for name in (f"sdxl_host.{target.name}", *target.old):
-            with pytest.raises(ConfigError, match=rf"is a {target.slot}; a {slot} must stand here"):
-                look_up({"target": name}, slot, "here")
 
 
 @pytest.mark.parametrize(
@@ -130,18 +113,12 @@ def test_no_other_path_is_a_target_and_nothing_is_imported_for_it(tmp_path, monk
 
 # ---- the table
 
-# Old classes that have another name here.
-RENAMED = {
-    "AutoencoderKLInferenceWrapper": "AutoencoderKL",
-    "MultiStepLR": "MultiStepScheduler",
-}
-
 CHILD = """
 import importlib, inspect, json, warnings
 warnings.simplefilter("ignore")
-from sdxl_host.settings.targets import _TARGETS
+from sdxl_host.settings.targets import TARGETS
 found = {}
-for target in _TARGETS:
+for target in TARGETS:
     module, _, name = target.path.partition(":")
     cls = getattr(importlib.import_module(module), name)
     parameters = list(inspect.signature(cls).parameters)
@@ -166,69 +143,18 @@ def resolved() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("target", _TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_every_target_is_a_class_of_the_host_under_its_own_name(resolved, target):
-    is_class, module, _ = resolved[target.name]
+    is_class, module, parameters = resolved[target.name]
     assert is_class
     assert module.startswith("sdxl_host.")
-    names = (target.name, f"{target.name}InferenceWrapper")
-    assert target.path.partition(":")[2] in names
-    for old in target.old:
-        last = old.rpartition(".")[2]
-        assert RENAMED.get(last, last) in names
-
-
-@pytest.mark.parametrize("target", [t for t in _TARGETS if t.idle], ids=lambda target: target.name)
-def test_idle_params_are_not_those_of_the_class_and_each_has_a_reason(resolved, target):
-    """A key that has an effect may not be called idle."""
-    assert not set(target.idle) & set(resolved[target.name][2])
-    assert all(target.idle.values())
+    assert target.path.partition(":")[2] in (target.name, f"{target.name}InferenceWrapper")
+    assert set(target.provided) <= set(parameters)
 
 
 def test_names_are_unique():
-    names = [name for target in _TARGETS for name in (target.name, *target.old)]
+    names = [target.name for target in TARGETS]
     assert len(set(names)) == len(names)
-
-
-GUIDE = {
-    "gm.models.diffusion.DiffusionEngine": "model",
-    "gm.modules.diffusionmodules.openaimodel.UNetModel": "network",
-    "gm.modules.GeneralConditioner": "conditioner",
-    "gm.modules.embedders.modules.FrozenCLIPEmbedder": "embedder",
-    "gm.modules.embedders.modules.FrozenOpenCLIPEmbedder2": "embedder",
-    "gm.modules.embedders.modules.ConcatTimestepEmbedderND": "embedder",
-    "gm.modules.diffusionmodules.loss.StandardDiffusionLoss": "loss",
-    "gm.modules.diffusionmodules.denoiser.DiscreteDenoiser": "denoiser",
-    "gm.models.autoencoder.AutoencoderKLInferenceWrapper": "first_stage",
-    "gm.models.autoencoder.AutoencoderKL": "first_stage",
-    "gm.modules.diffusionmodules.denoiser.Denoiser": "denoiser",
-    "gm.modules.diffusionmodules.denoiser_scaling.EpsScaling": "scaling",
-    "gm.modules.diffusionmodules.denoiser_scaling.VScaling": "scaling",
-    "gm.modules.diffusionmodules.denoiser_weighting.EpsWeighting": "weighting",
-    "gm.modules.diffusionmodules.denoiser_weighting.VWeighting": "weighting",
-    "gm.modules.diffusionmodules.denoiser_weighting.UnitWeighting": "weighting",
-    "gm.modules.diffusionmodules.discretizer.LegacyDDPMDiscretization": "discretization",
-    "gm.modules.diffusionmodules.sigma_sampling.DiscreteSampling": "sigma_sampler",
-    "mindspore.nn.AdamWeightDecay": "optimizer",
-    "gm.lr_scheduler.LambdaWarmUpScheduler": "scheduler",
-    "gm.lr_scheduler.LambdaWarmUpCosineScheduler": "scheduler",
-    "gm.lr_scheduler.LambdaWarmUpCosineScheduler2": "scheduler",
-    "gm.lr_scheduler.LambdaLinearScheduler": "scheduler",
-    "gm.lr_scheduler.MultiStepLR": "scheduler",
-    "gm.data.dataset.Text2ImageDataset": "dataset",
-    "gm.data.mappers.Resize": "transform",
-    "gm.data.mappers.Rescaler": "transform",
-    "gm.data.mappers.AddOriginalImageSizeAsTupleAndCropToSquare": "transform",
-    "gm.data.mappers.Transpose": "transform",
-}
-
-
-@pytest.mark.parametrize("name", GUIDE)
-def test_the_names_of_the_training_guide_resolve(name):
-    target, params = look_up({"target": name}, GUIDE[name], "here")
-    last = name.rpartition(".")[2]
-    assert target.name == RENAMED.get(last, last)
-    assert params == {}
 
 
 # ---- params
@@ -337,23 +263,6 @@ def test_what_the_host_provides_is_not_the_configs_to_give():
     assert build(node, "first_stage", "here", scale_factor=0.5).scale_factor == 0.5
     with pytest.raises(ConfigError, match=r"^here\.params\.scale_factor: .*no such parameter"):
         build({**node, "params": {"scale_factor": 1.0}}, "first_stage", "here", scale_factor=0.5)
-
-
-def test_idle_params_are_accepted_and_named_with_their_place():
-    node = {
-        "target": "sdxl_host.DiscreteDenoiser",
-        "params": {
-            "num_idx": 1000,
-            "flip": True,
-            "do_append_zero": False,
-            "quantize_c_noise": True,
-        },
-    }
-    assert build(node, "denoiser", "here").schedule is not None
-    lines = idle_params({"params": {"list": [0, node]}}, "model")
-    assert [line.partition(" has no effect: ")[0] for line in lines] == [
-        f"model.params.list[1].params.{key}" for key in node["params"]
-    ]
 
 
 # ---- the model section

@@ -445,7 +445,7 @@ def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(
 ) -> None:
     """Where this run has others, they differ; so do settings that are gone."""
     site.add("sized", "size: int = 3\ncolour: str = 'red'")
-    later = ("  log_interval: ", "  shuffle: ", "  scheduler_config: ", "    size: ")
+    later = ("  scale_lr: ", "  shuffle: ", "  scheduler_config: ", "    size: ")
 
     def earlier(settings: str) -> str:
         lines = settings.splitlines(keepends=True)
@@ -457,17 +457,17 @@ def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(
     checkpoint = saved(*words, edit=earlier)
     gone = "train.gone is 3 there and None here"
     assert differences(checkpoint, *words) == [gone]
-    others = ["--log_interval=2", "plugins.sized.size=4"]
+    others = ["--scale_lr=True", "plugins.sized.size=4"]
     assert differences(checkpoint, *words, *others) == [
         gone,
-        "train.log_interval is 1 there and 2 here",
+        "train.scale_lr is False there and True here",
         "plugins.sized.size is 3 there and 4 here",
     ]
 
 
 def test_more_differences_than_a_line_holds_are_counted(saved: Saved) -> None:
     checkpoint = saved("--plugins=none")
-    words = ["--seed=1", "--log_interval=2", "--use_ema=True", "--scale_lr=True", "--ms_mode=0"]
+    words = ["--seed=1", "--clip_grad=False", "--use_ema=True", "--scale_lr=True", "--ms_mode=0"]
     resumed = [*ARGUMENTS, f"--resume={checkpoint.folder}", *words, "--plugins=none"]
     with pytest.raises(ConfigError, match=r"ms_mode is 1 there and 0 here; go on"):
         find_checkpoint(load(resumed), {})
