@@ -30,7 +30,7 @@ _TURNED = (5, 6, 7, 8)
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as a step takes it.
+    """One image as a training step uses it.
 
     name: its id. caption: its text. pixels: (3, target, target) float32 in [-1, 1].
     sizes: (height, width) or (top, left) pairs, and the score, by embedder key.
@@ -50,8 +50,8 @@ class Text2ImageDataset:
         transforms: nodes of `transforms`, applied in order.
         data_path: the folder; empty for the images that the package carries.
         only: names of the images to take from the folder; none given, all of them.
-        aesthetic_score: what a model with that condition, such as SDXL's refiner, is told of
-            every image.
+        aesthetic_score: the condition of every image, for models that take one, such as SDXL's
+            refiner.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ def _decoded_size(entry: Captioned) -> tuple[int, int]:
 
 
 def _header_size(entry: Captioned) -> tuple[int, int]:
-    """(height, width) after the rotation, of which the file's header tells."""
+    """(height, width) after the EXIF rotation, from the file's header alone."""
     with _opened(entry) as image:
         # Not image.getexif(), which for a PNG would decode all of it.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
@@ -151,7 +151,7 @@ def _header_size(entry: Captioned) -> tuple[int, int]:
 
 
 def _decode(entry: Captioned) -> Image.Image:
-    """The image, rotated as its EXIF says and in RGB; transparency lies on white."""
+    """The image in RGB, rotated by its EXIF orientation, transparent parts on white."""
     with _opened(entry) as image:
         upright = _eight_bits(ImageOps.exif_transpose(image))
         if "A" in upright.getbands() or "transparency" in upright.info:

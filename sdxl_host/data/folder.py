@@ -1,4 +1,4 @@
-"""Which images a folder holds and what their captions are."""
+"""Reads a folder of images and their captions."""
 
 from __future__ import annotations
 

@@ -31,5 +31,5 @@ class Order:
 
     def indices(self, step: int) -> list[int]:
         """The global batch of `step` (from 1), `batch` indices."""
-        places = range((step - 1) * self._batch, step * self._batch)
-        return [int(self._permutation(p // self._count)[p % self._count]) for p in places]
+        positions = range((step - 1) * self._batch, step * self._batch)
+        return [int(self._permutation(p // self._count)[p % self._count]) for p in positions]

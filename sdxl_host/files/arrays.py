@@ -1,4 +1,4 @@
-"""Arrays in safetensors files, whole and synced; and arrays that stay where they are until used."""
+"""Arrays in safetensors files, read and written whole; and arrays that are fetched when used."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
 class FetchedArrays(Mapping[str, np.ndarray]):
-    """Arrays by name, each fetched when it is asked for and kept by whoever asked.
+    """Arrays by name, each fetched anew whenever it is asked for.
 
-    At full size all that a checkpoint holds would not fit into memory beside what it is taken from.
+    At full size, all arrays of a checkpoint at once would not fit into memory beside the model.
     """
 
     def __init__(self, names: Iterable[str], fetch: Callable[[str], np.ndarray]) -> None:
@@ -61,12 +61,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes arrays to a new file and syncs it to the disk."""
-    # Not np.ascontiguousarray, which makes a vector of a single number.
+    # Not np.ascontiguousarray, which turns a single number into a vector.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
         save_file(contiguous, path, metadata=dict(metadata))
     except SafetensorError as error:
-        # What the library makes of a full disk; callers handle what the system says.
+        # The library raises this on a full disk too; callers handle OSError.
         raise OSError(errno.EIO, str(error), str(path)) from error
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

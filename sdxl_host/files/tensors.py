@@ -51,7 +51,7 @@ class Tensors:
     """Names, shapes and precisions of tensors, and how one of them is read.
 
     dtypes: keys of `DTYPES`. metadata: of a safetensors header, else empty. read: gives the tensor
-    in its own precision; it raises DataError.
+    in the precision it is stored in; it raises DataError.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -64,7 +64,7 @@ T = TypeVar("T", bound=Tensors)
 
 
 def over(first: T, later: Tensors) -> T:
-    """`first` with the tensors of both, the later one's in front."""
+    """`first` with the tensors of both; the later one's replace those of the same name."""
     return replace(
         first,
         shapes={**first.shapes, **later.shapes},
@@ -76,8 +76,8 @@ def over(first: T, later: Tensors) -> T:
 def open_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file; only its header is read now. Raises DataError.
 
-    The library checks the header against the file. Tensors are then read from the file itself and
-    not through the library's map of it, whose pages would count as memory of this process.
+    The library checks the header against the file. Tensors are then read from the file, because the
+    pages of the library's memory map would count as memory of this process.
     """
     try:
         with safe_open(path, "np"):

@@ -3,6 +3,9 @@
 Parameter names are those of the original single file (`attn1.to_q`, `ff.net.0.proj`, ...).
 """
 
+# MindSpore declares that calling a cell may give None.
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import mindspore as ms
@@ -244,7 +247,7 @@ class FeedForward(nn.Cell):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The empty place in the middle is the original's dropout: it keeps `net.2` in its place.
+        # Identity stands for the original's dropout, so that the last layer is `net.2`.
         self.net = nn.SequentialCell(GEGLU(dim, dim * 4), nn.Identity(), Dense(dim * 4, dim))
 
     def construct(self, x):

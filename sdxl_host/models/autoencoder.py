@@ -3,6 +3,9 @@
 Parameter names are those under `first_stage_model.` of the original single file.
 """
 
+# MindSpore declares that calling a cell may give None.
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

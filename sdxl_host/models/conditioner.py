@@ -1,4 +1,4 @@
-"""What conditions the network besides the noise level: text, sizes, and caption dropout."""
+"""The conditioning of the network besides the noise level: text, sizes, and caption dropout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ConcatTimestepEmbedderND:
 
 
 class FrozenEncoder:
-    """A text encoder cell behind the numpy interface of `prompts.TextEncoder`.
+    """A text encoder cell behind the numpy interface of `diffusion.conditioning.TextEncoder`.
 
     Rows are encoded one at a time, so a prompt's embedding is the same bit for bit whatever batch
     it is in, and one that was encoded before is remembered.
@@ -158,17 +158,17 @@ class GeneralConditioner:
         One uniform a sample, so equal rates drop together to the unconditional embedding.
         """
         context, pooled, vector = embedding.context.copy(), embedding.pooled.copy(), vector.copy()
-        channel = place = 0
+        channel = start = 0
         for encoder, rate in zip(self.encoders, self._rates, strict=True):
             dropped = u < rate
             context[dropped, :, channel : channel + encoder.width] = 0
-            pooled[dropped, place : place + encoder.pooled_width] = 0
-            channel, place = channel + encoder.width, place + encoder.pooled_width
-        vector[:, :place] = pooled
+            pooled[dropped, start : start + encoder.pooled_width] = 0
+            channel, start = channel + encoder.width, start + encoder.pooled_width
+        vector[:, :start] = pooled
         for key, embedder, rate in self._sizes:
             width = NUMBERS[key] * embedder.outdim
-            vector[u < rate, place : place + width] = 0
-            place += width
+            vector[u < rate, start : start + width] = 0
+            start += width
         mask = embedding.mask
         if mask is not None:
             none_left = u < min(self._rates)

@@ -5,6 +5,9 @@ A first stage has `channels` of a latent, `downsampling` (an image's side over i
 `keeps_float32` (whether it does at every precision level).
 """
 
+# MindSpore declares that calling a cell may give None.
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -13,8 +13,10 @@ __all__ = ["initialize_network", "initialize_text_encoder"]
 
 
 def initialize_network(parameters: Mapping[str, Parameter], zeros: set[int], seed: int) -> None:
-    """A U-Net's initial weights: matrices and kernels uniform in +-1/sqrt(fan in), and 0 where
-    `zeros` (parameter ids) says so; norms 1, biases 0."""
+    """Initializes a U-Net: matrices and kernels uniform in +-1/sqrt(fan in), norms 1, biases 0.
+
+    zeros: ids of parameters that are 0 instead.
+    """
     for name, parameter in parameters.items():
         if id(parameter) in zeros:
             values = np.zeros(parameter.shape)
@@ -29,11 +31,11 @@ def initialize_network(parameters: Mapping[str, Parameter], zeros: set[int], see
 def initialize_text_encoder(
     encoder: nn.Cell, parameters: Mapping[str, Parameter], seed: int
 ) -> None:
-    """An untrained text encoder whose outputs still tell prompts apart.
+    """An untrained text encoder's weights, with which different prompts have different embeddings.
 
     Token embeddings of unit variance give the context the scale that a trained encoder's has, and
-    matrices have a variance of 1/fan in. Where a word stands matters less than which it is, and
-    attention, which averages many tokens, is amplified, so that a prompt's words reach its end.
+    matrices have a variance of 1/fan in. Positions are scaled down so that words count more, and
+    attention is scaled up, because it averages many tokens and the last one must still show them.
     """
     tables = {
         id(cell.embedding_table)
@@ -56,7 +58,7 @@ def initialize_text_encoder(
 
 
 def _of_vector(name: str, parameter: Parameter) -> np.ndarray:
-    """1 for a norm's weight, 0 for a bias. MindSpore's own would be random, and not of our seed."""
+    """1 for a norm's weight, 0 for a bias. MindSpore's initial values would ignore our seed."""
     return np.full(parameter.shape, float(name.endswith(".weight")))
 
 

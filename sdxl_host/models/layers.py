@@ -1,5 +1,8 @@
 """The layers that networks are made of: dense layers, convolutions, sinusoidal embeddings."""
 
+# MindSpore declares that a cell, and what calling it gives, may be None.
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
+
 from __future__ import annotations
 
 import math

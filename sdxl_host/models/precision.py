@@ -44,7 +44,7 @@ LEVELS = {
 _TYPES = {"float16": ms.float16, "bfloat16": ms.bfloat16}
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
-# Of the first step. Too high a one costs a few skipped steps until it has been halved enough.
+# The loss scale of the first step. If it is too high, a few steps are skipped until it is halved.
 LOSS_SCALE = 65536.0
 LARGEST_LOSS_SCALE = 2.0**24
 
@@ -86,18 +86,21 @@ def drawing_settings(settings: TrainSettings) -> tuple[TrainSettings, list[str]]
     if not in_bfloat16 or has_bfloat16():
         return settings, []
     plain = replace(settings, ms_amp_level="O0", ms_amp_dtype="float16", param_fp16=False)
-    told = f"trained at {settings.ms_amp_level} in bfloat16, which this device does not compute in"
-    return plain, [f"{told}; drawn at O0, in float32"]
+    note = (
+        f"trained at {settings.ms_amp_level} in bfloat16, which this device does not compute in; "
+        "drawn at O0, in float32"
+    )
+    return plain, [note]
 
 
 def precision_line(settings: TrainSettings) -> str:
     """The precision in words."""
-    told = LEVELS[settings.ms_amp_level].format(low=settings.ms_amp_dtype)
+    level = LEVELS[settings.ms_amp_level].format(low=settings.ms_amp_dtype)
     if not is_half(settings.ms_amp_level):
-        return f"O0, {told}"
+        return f"O0, {level}"
     weights = f"weights in {settings.ms_amp_dtype} with float32 copies that are updated"
     return (
-        f"{settings.ms_amp_level}, {told}, "
+        f"{settings.ms_amp_level}, {level}, "
         f"{weights if settings.param_fp16 else 'weights in float32'}"
     )
 
@@ -131,7 +134,7 @@ def apply_precision(network: nn.Cell, level: str, dtype: str = "float16") -> Non
             cell.to_float(rest)
     for _, cell in network.cells_and_names():
         if isinstance(cell, CrossAttention):
-            # What they answer only enters attention's own products.
+            # Their outputs only enter the products inside the attention, so they stay in `dtype`.
             for projection in (cell.to_q, cell.to_k, cell.to_v):
                 projection.output_type = None
 

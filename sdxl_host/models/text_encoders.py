@@ -2,8 +2,11 @@
 
 CLIP-L has the names of transformers' `CLIPTextModel` below `transformer.text_model.`; OpenCLIP
 bigG has open_clip's below `model.`. Both are the same causal transformer; they differ in the
-activation, in how query, key and value are stored, and in what they give back.
+activation, in how query, key and value are stored, and in their outputs.
 """
+
+# MindSpore declares that a cell, and what calling it gives, may be None.
+# pyright: reportOptionalCall=false
 
 from __future__ import annotations
 
@@ -224,7 +227,7 @@ class _OpenClipBlock(nn.Cell):
         self.mlp = _OpenClipMLP(width, inner)
 
     def construct(self, x, bias):
-        query, key, value = self.attn(self.ln_1(x))
+        query, key, value = self.attn(self.ln_1(x))  # pyright: ignore[reportAssignmentType, reportGeneralTypeIssues]
         x = x + self.attn.out_proj(_attend(query, key, value, self.attn.heads, bias))
         return x + self.mlp(self.ln_2(x))
 

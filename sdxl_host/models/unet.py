@@ -3,6 +3,9 @@
 Parameter names are those under `model.diffusion_model.` of the original single file.
 """
 
+# MindSpore declares that calling a cell may give None.
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -37,7 +40,7 @@ class ResBlock(nn.Cell):
             nn.GroupNorm(_GROUPS, channels), nn.SiLU(), _conv3x3(channels, out_channels)
         )
         self.emb_layers = nn.SequentialCell(nn.SiLU(), Dense(emb_channels, out_channels))
-        # The third place is the original's dropout: it keeps the convolution at `out_layers.3`.
+        # Identity stands for the original's dropout, so that the convolution is `out_layers.3`.
         self.out_layers = nn.SequentialCell(
             nn.GroupNorm(_GROUPS, out_channels),
             nn.SiLU(),
@@ -83,7 +86,7 @@ class Upsample(nn.Cell):
 
 
 class Stage(nn.SequentialCell):
-    """Layers applied in turn, each given what it takes of features, embedding and context."""
+    """Layers applied in turn; residual blocks get the embedding, transformers the context."""
 
     def construct(self, x, emb, context, bias):
         """x (B, C, H, W), emb (B, E), context (B, L, D), bias (B, 1, L) -> (B, C', H', W')."""
@@ -260,9 +263,10 @@ class UNetModel(nn.Cell):
         return self.out(h)
 
     def recompute_blocks(self) -> None:
-        """Sets the blocks to be recomputed, where configured; after the last parameter was added.
+        """Sets the blocks to be recomputed, if `use_recompute`.
 
-        Eagerly, MindSpore gives no gradient to what a block gets later, without a word.
+        Call it after the last parameter was added: in eager mode MindSpore silently computes no
+        gradient for parameters that a block gets after this.
         """
         if self.use_recompute:
             for stage in [*self.input_blocks, self.middle_block, *self.output_blocks]:

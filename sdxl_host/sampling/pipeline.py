@@ -1,4 +1,4 @@
-"""Prompts to images with a model's own networks and the hooks it was trained with."""
+"""Prompts to images, with a model's networks and the hooks it was trained with."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the network is told of an image besides its prompt.
+    """The conditions of an image besides its prompt.
 
     size: (height, width) of the image in pixels. original_size: what its size was before it was
     resized; what the model was trained on serves best. crop_top_left: (top, left) of the crop.
@@ -85,7 +85,7 @@ class ImageSampler:
         Image i is a function of prompt i, `seed` and i, but for float32 rounding, which may
         depend on how many are drawn together. The noise is of streams that training
         never draws from. negative_prompt: what guidance leads away from; None for the zero
-        embedding. sampler, spacing: names in `samplers`; None for the model's own.
+        embedding. sampler, spacing: names in `samplers`; None for the model's default.
         """
         sampler = sampler or self.model.sampling.sampler
         sigmas = noise_levels(self.model.sampling, self.model.schedule, steps, spacing)
@@ -93,13 +93,13 @@ class ImageSampler:
         images = []
         for start in range(0, len(prompts), size):
             chunk = list(prompts[start : start + size])
-            places = range(start, start + size)
+            positions = range(start, start + size)
             filled = chunk + [""] * (size - len(chunk))
             inputs = self._inputs(filled, guidance_scale, negative_prompt)
 
-            def noise(index: int, places: Sequence[int] = places) -> np.ndarray:
+            def noise(index: int, positions: Sequence[int] = positions) -> np.ndarray:
                 shape = (self.model.first_stage.channels, *self._latent)
-                return normals(seed, Stream.SAMPLING, index, places, shape)
+                return normals(seed, Stream.SAMPLING, index, positions, shape)
 
             x = noise(0) * np.float32(sigmas[0])
             denoiser = self._guided(inputs, guidance_scale)
@@ -111,8 +111,7 @@ class ImageSampler:
     def _inputs(
         self, prompts: list[str], scale: float, negative_prompt: str | None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The network's inputs for the prompts, and for the unconditional answer where guidance
-        needs it."""
+        """The network's inputs for the prompts, and without them where guidance needs that."""
         conditional = self._hooks.encode_prompt(prompts, self.model.encoders)
         inputs = [self._condition(conditional, self._conditions.aesthetic_score)]
         if scale != 1.0:
@@ -125,12 +124,12 @@ class ImageSampler:
         return inputs
 
     def _condition(self, embedding: PromptEmbedding, score: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Context, vector and mask as the network takes them."""
-        told = self._conditions
+        """Context, vector and mask, the network's inputs."""
+        conditions = self._conditions
         one = {
-            "original_size_as_tuple": told.original_size,
-            "crop_coords_top_left": told.crop_top_left,
-            "target_size_as_tuple": told.target_size or told.size,
+            "original_size_as_tuple": conditions.original_size,
+            "crop_coords_top_left": conditions.crop_top_left,
+            "target_size_as_tuple": conditions.target_size or conditions.size,
             "aesthetic_score": (score,),
         }
         sizes = {key: np.tile(values, (len(embedding.context), 1)) for key, values in one.items()}
@@ -138,27 +137,28 @@ class ImageSampler:
         mask = embedding.attended().astype(np.float32)
         return Tensor(embedding.context), Tensor(vector), Tensor(mask)
 
-    def _answer(self, *inputs: Tensor) -> np.ndarray:
+    def _output(self, *inputs: Tensor) -> np.ndarray:
         """The network's output in float32, whatever it computes in."""
-        return self._network(*inputs).asnumpy().astype(np.float32)
+        output = self._network(*inputs)
+        return output.asnumpy().astype(np.float32)  # pyright: ignore[reportOptionalMemberAccess]
 
     def _guided(
         self, inputs: list[tuple[Tensor, Tensor, Tensor]], scale: float
     ) -> Callable[[np.ndarray, float], np.ndarray]:
-        """D with classifier-free guidance (Ho and Salimans 2022): the unconditional answer plus
-        `scale` times the way from it to the conditional one."""
+        """D with classifier-free guidance (Ho and Salimans 2022): the unconditional output plus
+        `scale` times the difference of the conditional one from it."""
         preconditioning = self.model.preconditioning
 
         def denoiser(x: np.ndarray, sigma: float) -> np.ndarray:
             s = np.float64(sigma)
             scaled = Tensor((preconditioning.c_in(s) * x).astype(np.float32))
             c_noise = Tensor(np.full(len(x), preconditioning.c_noise(s), np.float32))
-            answers = [
-                denoise(preconditioning, x, sigma, self._answer(scaled, c_noise, *given))
+            outputs = [
+                denoise(preconditioning, x, sigma, self._output(scaled, c_noise, *given))
                 for given in inputs
             ]
-            if len(answers) == 1:
-                return answers[0]
-            return answers[1] + scale * (answers[0] - answers[1])
+            if len(outputs) == 1:
+                return outputs[0]
+            return outputs[1] + scale * (outputs[0] - outputs[1])
 
         return denoiser

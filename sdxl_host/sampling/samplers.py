@@ -40,7 +40,7 @@ Denoise = Callable[[np.ndarray, float], np.ndarray]
 StepNoise = Callable[[int], np.ndarray]
 
 SPACINGS = ("trailing", "karras", "edm")
-AUTO = "auto"  # of a setting: the model's own
+AUTO = "auto"  # as a setting: the model's default
 
 EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1
 
@@ -175,7 +175,7 @@ def edm_sigmas(steps: int) -> np.ndarray:
 def noise_levels(
     sampling: SamplingDefaults, schedule: NoiseSchedule, steps: int, spacing: str | None = None
 ) -> np.ndarray:
-    """(steps + 1,) the noise levels of `spacing`, or of the model's own where that is None.
+    """(steps + 1,) the noise levels of `spacing`, or of the model's default where that is None.
 
     Raises ConfigError for an unknown spacing, for "edm" on a model that was not trained over the
     whole of its range, and for "trailing" with more steps than the schedule has timesteps.

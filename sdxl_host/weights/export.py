@@ -27,7 +27,7 @@ from sdxl_host.weights.architecture import (
 )
 from sdxl_host.weights.compare import compare
 from sdxl_host.weights.formats.diffusers_configs import DIFFUSERS_VERSION, diffusers_configs
-from sdxl_host.weights.formats.diffusers_names import places, split, split_shapes
+from sdxl_host.weights.formats.diffusers_names import diffusers_tensors, split, split_shapes
 from sdxl_host.weights.metadata import LOGIT_SCALE, SDXL_SCALE_FACTOR
 from sdxl_host.weights.shapes import expected_shapes
 from sdxl_host.weights.source import Source
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 class _Group:
     """Tensors that are made together, from one tensor of the source.
 
-    tensors: (name, shape) in the order of what `make` gives. dtype: a key of `DTYPES`.
+    tensors: (name, shape) in the order in which `make` returns them. dtype: a key of `DTYPES`.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -65,7 +65,7 @@ class _Group:
 
 
 class _Meter:
-    """Counts bytes towards a total and tells a function of both."""
+    """Counts the bytes written, and reports them and their total to a function."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total = total
@@ -149,7 +149,7 @@ def write_diffusers(
     return total
 
 
-# ---- what is written
+# ---- which tensors are written
 
 
 def _expected(source: Source, architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -184,11 +184,11 @@ def _components(
 ) -> dict[str, list[_Group]]:
     """Each component of the folder, and its tensors."""
     components: dict[str, list[_Group]] = {}
-    for name, targets in places(architecture).items():
+    for name, targets in diffusers_tensors(architecture).items():
         if not targets:
             continue
         shapes = split_shapes(name, tuple(source.shapes[name]))
-        names = [place.name for place in targets]
+        names = [tensor.name for tensor in targets]
         precision = _precision(source.dtypes[name], dtype)
 
         def make(name: str = name, precision: str = precision) -> list[np.ndarray]:
@@ -205,8 +205,11 @@ def _component_metadata(
     metadata: dict[str, str],
     dtype: str | None,
 ) -> dict[str, dict[str, str]]:
-    """Each component's header: the U-Net carries ours, and the second text encoder the one number
-    that the single file has and diffusers has no place for."""
+    """The metadata of each component's file.
+
+    The U-Net's file carries `metadata`, that of the second text encoder carries `logit_scale`, for
+    which diffusers has no tensor.
+    """
     headers: dict[str, dict[str, str]] = {component: {} for component in components}
     headers["unet"] = metadata
     for name in source.shapes:
@@ -223,7 +226,7 @@ def _nothing() -> list[np.ndarray]:
 
 
 def _precision(stored: str, dtype: str | None) -> str:
-    """A tensor's precision in the target: numbers that count stay what they are."""
+    """A tensor's precision in the target; integers keep theirs."""
     return stored if dtype is None or stored not in _FLOATS else dtype
 
 

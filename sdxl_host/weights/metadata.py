@@ -1,4 +1,4 @@
-"""What the header of a file says of the weights in it: to other programs, and to this one.
+"""The metadata in the header of a weights file, for other programs and for this one.
 
 Keys beginning with `modelspec.` are those of Stability's model metadata specification 1.0.0; ours
 begin with `sdxl_host.`. Values are text, as safetensors has it.
@@ -51,17 +51,17 @@ _VERSION = "sdxl_host.version"
 # Empty tensors by which ComfyUI knows a v-prediction model, and one trained to a terminal SNR of 0.
 MARKERS = ("v_pred", "ztsnr")
 
-# What is said of the U-Net and not of the other parts.
+# The keys that describe the U-Net and no other part.
 NETWORK_KEYS = (OBJECTIVE, _PREDICTION, *MARKERS, PLUGINS, PROMPTS, SCHEDULER)
 
 _PREDICTION_TYPES = {"eps": "epsilon", "v": "v"}
 
-# What of a source's header does not hold of the file made from it.
+# Keys that do not hold for a file made from the one that has them.
 _OUTDATED = ("format", "modelspec.hash_sha256", _PREDICTION, *MARKERS)
 
 
 def recorded_objective(metadata: Mapping[str, str]) -> str | None:
-    """What the network was trained to predict, where the file says it."""
+    """The objective that the network was trained with; None where the metadata lack it."""
     if OBJECTIVE in metadata:
         return metadata[OBJECTIVE]
     if "v_pred" in metadata or metadata.get(_PREDICTION) in ("v", "v_prediction"):
@@ -70,12 +70,12 @@ def recorded_objective(metadata: Mapping[str, str]) -> str | None:
 
 
 def objective(metadata: Mapping[str, str]) -> str:
-    """The same; eps where nothing is said."""
+    """The same; "eps" where the metadata lack it."""
     return recorded_objective(metadata) or "eps"
 
 
 def scale_factor(metadata: Mapping[str, str]) -> float:
-    """What latents are multiplied by, SDXL's unless something else is said."""
+    """The factor that latents are multiplied by; SDXL's where the metadata lack it."""
     return float(metadata.get(SCALE_FACTOR, SDXL_SCALE_FACTOR))
 
 
@@ -93,20 +93,19 @@ def markers(metadata: Mapping[str, str]) -> list[str]:
 def described(
     metadata: Mapping[str, str], architecture: Architecture, title: str, date: str
 ) -> dict[str, str]:
-    """The header of a file that is made from a source with `metadata`.
+    """The metadata of a file that is made from a source with `metadata`.
 
-    title: used where the source has none. date: ISO 8601. What else the source says is kept, and
-    of the training nothing is made up.
+    title: used where the source has none. date: ISO 8601. Other keys of the source are kept.
     """
     kind = "base" if len(architecture.encoders) > 1 else "refiner"
     target = objective(metadata)
-    said = {
+    found = {
         "modelspec.title": title,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         RESOLUTION: "1024x1024",
     }
-    said |= {key: value for key, value in metadata.items() if key not in _OUTDATED}
-    said |= {
+    found |= {key: value for key, value in metadata.items() if key not in _OUTDATED}
+    found |= {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-xl-v1-{kind}",
         "modelspec.date": date,
@@ -116,12 +115,12 @@ def described(
         ARCHITECTURE: json.dumps(asdict(architecture)),
     }
     if target in _PREDICTION_TYPES:
-        said[_PREDICTION] = _PREDICTION_TYPES[target]
-    return said
+        found[_PREDICTION] = _PREDICTION_TYPES[target]
+    return found
 
 
 def read_architecture(metadata: Mapping[str, str], source: str) -> Architecture | None:
-    """The architecture that a header of ours states. Raises DataError where it is damaged."""
+    """The architecture in the metadata that this program wrote. Raises DataError if damaged."""
     if ARCHITECTURE not in metadata:
         return None
     try:

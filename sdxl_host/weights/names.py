@@ -1,7 +1,8 @@
 """Parameters of our cells under the names of the original single file.
 
-The cells carry those names but for MindSpore's own: a norm's `gamma` and `beta` and an embedding's
-`embedding_table` are `weight`, `bias` and `weight` in the file. Mapped by layer type, not by name.
+The cells use these names, except where MindSpore names a parameter itself: `gamma` and `beta` of a
+norm and `embedding_table` of an embedding are `weight`, `bias` and `weight` in the file. Parameters
+are renamed by the type of their layer, not by their name.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ def single_file_parameters(cell: nn.Cell, prefix: str = "") -> dict[str, Paramet
     """The cell's parameters by their names in the single file, each after `prefix`."""
     found: dict[str, Parameter] = {}
     for path, part in cell.cells_and_names():
-        own = f"{prefix}{path}." if path else prefix
+        start = f"{prefix}{path}." if path else prefix
         for attribute, parameter in part.parameters_and_names(expand=False):
             local = attribute.rpartition(".")[2]
-            found[own + _renamed(part, local)] = parameter
+            found[start + _renamed(part, local)] = parameter
     return found
 
 

@@ -20,7 +20,7 @@ import sdxl_host
 from sdxl_host.cli import main
 from sdxl_host.weights.architecture import SDXL_BASE, Architecture, Encoder
 from sdxl_host.weights.export import write_single_file
-from sdxl_host.weights.formats.diffusers_names import places, split_shapes
+from sdxl_host.weights.formats.diffusers_names import diffusers_tensors, split_shapes
 from sdxl_host.weights.open import open_weights
 from sdxl_host.weights.shapes import expected_shapes
 from sdxl_host.weights.source import Source
@@ -239,7 +239,7 @@ def diffusers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes = expected_shapes(architecture)
     return {
         str(place): shape
-        for name, targets in places(architecture).items()
+        for name, targets in diffusers_tensors(architecture).items()
         for place, shape in zip(targets, split_shapes(name, shapes[name]), strict=True)
     }
 

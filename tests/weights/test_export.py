@@ -8,31 +8,35 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from sdxl_host.errors import DataError
 from sdxl_host.files.tensors import DTYPES
-from sdxl_host.weights import export as writer
-from sdxl_host.weights.architecture import SDXL_BASE, SDXL_REFINER
 from sdxl_host.weights.export import write_diffusers, write_single_file
-from sdxl_host.weights.formats.diffusers_names import places, split
-from sdxl_host.weights.metadata import described, markers, objective
+from sdxl_host.weights.formats.diffusers_names import diffusers_tensors, split
 from sdxl_host.weights.open import open_weights
 from sdxl_host.weights.shapes import expected_shapes
 from sdxl_host.weights.source import Source
 
 Arrays = dict[str, np.ndarray]
+
+
 Usage = namedtuple("Usage", "total used free")
 
+
 POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
+
+
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
+
+
 UNET = "model.diffusion_model."
+
+
 OUT = f"{UNET}out.2.weight"
-BASE = "1.0.0"
 
 
 def source_of(arrays: Arrays, dtype: str = "fp32", seen: list[str] | None = None) -> Source:
@@ -76,9 +80,6 @@ def header(path: Path) -> dict:
 
 def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-# ---- the single file
 
 
 @pytest.mark.parametrize("stored", ["fp16", "bf16", "fp32"])
@@ -174,12 +175,9 @@ def test_each_tensor_is_read_once_and_in_turn(small_model, tmp_path):
     assert reports[-1][1] == size
 
 
-# ---- diffusers
-
-
 def components(arrays: Arrays, architecture) -> dict[str, Arrays]:
     found: dict[str, Arrays] = {}
-    for name, targets in places(architecture).items():
+    for name, targets in diffusers_tensors(architecture).items():
         for place, part in zip(targets, split(name, arrays[name]), strict=True):
             found.setdefault(place.component, {})[place.name] = part
     return found
@@ -318,9 +316,6 @@ def test_the_one_number_has_the_precision_of_the_rest(small_model, tmp_path):
     assert found.read(LOGIT_SCALE) == np.float16(4.6055)
 
 
-# ---- what is refused
-
-
 def write(kind: str, target: Path, source: Source, model, dtype: str | None = None) -> None:
     {"single": write_single_file, "diffusers": write_diffusers}[kind](
         target, source, model.architecture, dtype
@@ -429,19 +424,18 @@ def test_just_enough_disk_is_enough(small_model, source, tmp_path, monkeypatch, 
         writing(tmp_path / "c", source, small_model.architecture)
 
 
-@KINDS
 @pytest.mark.parametrize("value", [65520.0, -70000.0, 1e30])
-def test_overflow_of_float16_is_named(small_model, tmp_path, kind, value):
+def test_overflow_of_float16_is_named(small_model, tmp_path, value):
     """65504 is float16's largest; from 65520 on it would be infinite."""
     arrays = dict(small_model.arrays)
     arrays[OUT] = arrays[OUT].copy()
     arrays[OUT][0, 0, 0, 0] = value
     message = rf"{OUT}: holds {abs(value):.4g}, which fp16 can't hold; use --dtype bf16 or fp32"
     with pytest.raises(DataError) as raised:
-        write(kind, tmp_path / "out", source_of(arrays), small_model, "fp16")
+        write("single", tmp_path / "out", source_of(arrays), small_model, "fp16")
     assert str(raised.value) == message
     assert left_in(tmp_path) == []
-    write(kind, tmp_path / "out", source_of(arrays), small_model, "bf16")
+    write("single", tmp_path / "out", source_of(arrays), small_model, "bf16")
 
 
 def test_what_fits_float16_is_written(small_model, tmp_path):
@@ -454,25 +448,23 @@ def test_what_fits_float16_is_written(small_model, tmp_path):
     assert load_file(path)[OUT].ravel()[:3].tolist() == [65504, 65504, np.inf]
 
 
-# ---- failures
-
-
 @KINDS
-@pytest.mark.parametrize("after", [0, 1, 100])
-def test_a_source_that_fails_leaves_nothing(small_model, tmp_path, kind, after):
+@pytest.mark.parametrize("error", [DataError("w.safetensors: ends"), KeyboardInterrupt()])
+def test_an_error_between_two_tensors_leaves_nothing(small_model, tmp_path, kind, error):
     count = 0
     whole = source_of(small_model.arrays)
 
     def read(name: str) -> np.ndarray:
         nonlocal count
         count += 1
-        if count > after + 1:  # the diffusers writer reads logit_scale beforehand
-            raise DataError(f"w.safetensors: ends within {name}; get it again")
+        if count == 100:
+            raise error
         return whole.read(name)
 
     broken = Source(whole.shapes, whole.dtypes, read, description="w.safetensors")
-    with pytest.raises(DataError, match=r"^w\.safetensors: ends within"):
+    with pytest.raises(type(error)):
         write(kind, tmp_path / "out", broken, small_model)
+    assert count == 100
     assert left_in(tmp_path) == []
 
 
@@ -485,120 +477,3 @@ def test_a_disk_that_fails_leaves_nothing(small_model, source, tmp_path, monkeyp
     with pytest.raises(DataError, match=r"out: can't be written \(No space left on device\); noth"):
         write(kind, tmp_path / "out", source, small_model)
     assert left_in(tmp_path) == []
-
-
-@KINDS
-def test_an_interrupt_leaves_nothing(small_model, tmp_path, kind):
-    def interrupted(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    writing = {"single": write_single_file, "diffusers": write_diffusers}[kind]
-    with pytest.raises(KeyboardInterrupt):
-        writing(
-            tmp_path / "out",
-            source_of(small_model.arrays),
-            small_model.architecture,
-            progress=interrupted,
-        )
-    assert left_in(tmp_path) == []
-
-
-# ---- metadata
-
-
-def test_the_metadata_of_a_released_kind(small_model):
-    """Of its training, which the source does not describe, nothing is made up."""
-    found = described({}, SDXL_BASE, "mine", "2026-01-02T03:04:05+00:00")
-    architecture = json.loads(found.pop("sdxl_host.architecture"))
-    assert architecture["unet"]["num_head_channels"] == 64
-    assert architecture["encoders"][1] == {
-        "kind": "open_clip",
-        "width": 1280,
-        "layers": 32,
-        "heads": 20,
-    }
-    assert found.pop("sdxl_host.version") >= "0.1"
-    assert found == {
-        "modelspec.sai_model_spec": BASE,
-        "modelspec.architecture": "stable-diffusion-xl-v1-base",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": "mine",
-        "modelspec.date": "2026-01-02T03:04:05+00:00",
-        "modelspec.prediction_type": "epsilon",
-        "modelspec.resolution": "1024x1024",
-        "sdxl_host.objective": "eps",
-        "sdxl_host.scale_factor": "0.13025",
-    }
-    refiner = described({}, SDXL_REFINER, "mine", "")
-    assert refiner["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner"
-
-
-def test_what_a_source_says_is_kept():
-    """But not what holds no longer, nor what the writer knows better."""
-    given = {
-        "format": "ms",
-        "modelspec.title": "Theirs",
-        "modelspec.license": "CreativeML",
-        "modelspec.hash_sha256": "0x1234",
-        "modelspec.prediction_type": "epsilon",
-        "modelspec.architecture": "else",
-        "sdxl_host.objective": "v",
-        "sdxl_host.plugins": '[{"name": "lpw"}]',
-        "sdxl_host.prompts": '{"encode_prompt": "lpw"}',
-        "ztsnr": "true",
-    }
-    found = described(given, SDXL_BASE, "mine", "today")
-    assert found["modelspec.title"] == "Theirs"
-    assert found["modelspec.license"] == "CreativeML"
-    assert found["modelspec.prediction_type"] == "v"
-    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
-    assert found["sdxl_host.plugins"] == '[{"name": "lpw"}]'
-    assert found["sdxl_host.prompts"] == '{"encode_prompt": "lpw"}'
-    assert not {"format", "modelspec.hash_sha256", "ztsnr"} & set(found)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "expected", "marked"),
-    [
-        ({}, "eps", []),
-        ({"v_pred": "true"}, "v", ["v_pred"]),
-        ({"modelspec.prediction_type": "v"}, "v", ["v_pred"]),
-        ({"modelspec.prediction_type": "epsilon"}, "eps", []),
-        ({"sdxl_host.objective": "edm", "v_pred": "true"}, "edm", []),
-        ({"sdxl_host.objective": "v", "ztsnr": "true"}, "v", ["v_pred", "ztsnr"]),
-        ({"ztsnr": "true"}, "eps", ["ztsnr"]),
-    ],
-)
-def test_the_objective_is_read_from_metadata(metadata, expected, marked):
-    assert objective(metadata) == expected
-    assert markers(metadata) == marked
-
-
-def test_an_objective_without_a_name_elsewhere_has_no_prediction_type():
-    found = described({"sdxl_host.objective": "edm"}, SDXL_BASE, "", "")
-    assert "modelspec.prediction_type" not in found
-    assert found["sdxl_host.objective"] == "edm"
-
-
-def test_metadata_and_markers_come_back(small_model, source, tmp_path):
-    path = tmp_path / "out.safetensors"
-    said = described({"v_pred": "true", "ztsnr": "true"}, small_model.architecture, "t", "d")
-    marked = markers({"v_pred": "true", "ztsnr": "true"})
-    write_single_file(path, source, small_model.architecture, metadata=said, markers=marked)
-    found = open_weights(path)
-    assert found.architecture == small_model.architecture
-    assert objective(found.metadata) == "v"
-    assert markers(found.metadata) == marked
-    assert found.metadata["sdxl_host.architecture"] == said["sdxl_host.architecture"]
-
-
-def test_ml_dtypes_agrees_with_the_library(tmp_path):
-    """bfloat16 in a file of the library's own writer has the bits that ours has."""
-    array = (np.arange(12, dtype=np.float32) / 7).astype(ml_dtypes.bfloat16)
-    save_file({"x": array}, tmp_path / "a.safetensors")
-    found = open_weights(tmp_path / "a.safetensors").read("x")
-    assert found.view(np.uint16).tolist() == array.view(np.uint16).tolist()
-
-
-def test_the_default_shard_is_diffusers_own():
-    assert writer.SHARD_BYTES == 10 * 1000**3

@@ -1,4 +1,4 @@
-"""Checkpoints of this program as weights: the files, what was trained, and by which plugins."""
+"""Checkpoints of this program as weights, with their objective and plugins as metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sdxl_host.errors import DataError
 from sdxl_host.files.tensors import open_safetensors, over
 from sdxl_host.weights.architecture import NETWORK_PREFIX, Architecture, Encoder, embedder_prefix
-from sdxl_host.weights.formats.diffusers_names import places
+from sdxl_host.weights.formats.diffusers_names import diffusers_tensors
 from sdxl_host.weights.formats.single_file import without_extras
 from sdxl_host.weights.metadata import (
     OBJECTIVE,
@@ -32,14 +32,14 @@ _CONDITIONER = "conditioner."
 
 
 def open_checkpoint_weights(folder: Path, use_ema: bool = True) -> Source:
-    """The weights of a checkpoint folder, whose files are checked. Raises DataError, also where
-    plugins have added weights to the network, which no format has a place for.
+    """The weights of a checkpoint folder; its files are checked against their hashes.
 
-    use_ema: the moving averages, where the checkpoint keeps them, in place of the weights they
-    are of. metadata: the objective, the plugins with their options, who encodes prompts, and the
-    size.
+    use_ema: the EMA weights, where the checkpoint has them, in place of the trained ones. The
+    metadata hold the objective, the plugins and their options, which of them encode prompts, and
+    the size of the images. Raises DataError, also where plugins have added weights to the network,
+    for which no format has names.
     """
-    # Late: it imports MindSpore, and the other formats do without.
+    # Imported here, because the other formats are read without it.
     from sdxl_host.checkpoints.layout import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
     from sdxl_host.checkpoints.open import open_checkpoint
 
@@ -77,12 +77,12 @@ def open_checkpoint_weights(folder: Path, use_ema: bool = True) -> Source:
 
 
 def _refuse_additions(folder: Path, chain: str, shapes: Shapes, architecture: Architecture) -> None:
-    """Raises DataError where the network has more weights than the architecture.
+    """Raises DataError where the network has more tensors than the architecture.
 
-    chain: who built the model. Without the others' weights the network would compute something
-    else, and only the plugin knows how they act.
+    chain: the plugins that built the model. Without the weights that they added, the network would
+    compute something else.
     """
-    known = places(replace(architecture, autoencoder=None, encoders=()))
+    known = diffusers_tensors(replace(architecture, autoencoder=None, encoders=()))
     added = [n for n in shapes if n.startswith(NETWORK_PREFIX) and n not in known]
     if added:
         raise DataError(
@@ -94,7 +94,7 @@ def _refuse_additions(folder: Path, chain: str, shapes: Shapes, architecture: Ar
 
 
 def _architecture(shapes: Shapes, params: Mapping[str, Any]) -> Architecture:
-    """Sizes from the shapes; the attention heads, which shapes do not show, from the config."""
+    """Sizes from the shapes; numbers of attention heads, which no shape shows, from the config."""
     network = infer(
         {name: shape for name, shape in shapes.items() if not name.startswith(_CONDITIONER)},
         head_width=params["network_config"]["params"].get("num_head_channels", 64),
@@ -108,8 +108,8 @@ def _architecture(shapes: Shapes, params: Mapping[str, Any]) -> Architecture:
 
 
 def _encoder(shapes: Shapes, index: int, settings: Mapping[str, Any]) -> Encoder:
-    own, first = embedder_prefix(index), embedder_prefix(0)
-    alone = {first + n[len(own) :]: shape for n, shape in shapes.items() if n.startswith(own)}
+    prefix, first = embedder_prefix(index), embedder_prefix(0)
+    alone = {first + n[len(prefix) :]: shape for n, shape in shapes.items() if n.startswith(prefix)}
     if "heads" not in settings:
         return infer(alone).encoders[0]
     return infer(alone, head_width=settings["width"] // settings["heads"]).encoders[0]

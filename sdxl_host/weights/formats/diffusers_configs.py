@@ -1,7 +1,7 @@
-"""The configs of a diffusers folder and the architecture they describe, in both directions.
+"""The configs of a diffusers folder: read as an architecture, and written from one.
 
-Read strictly: a structure that our cells don't have is refused by component and key. Written so
-that diffusers and transformers build exactly the tensors of the architecture.
+Reading refuses, by component and key, a structure that our cells don't have. From what is written
+diffusers and transformers build exactly the tensors of the architecture.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sdxl_host.weights.architecture import (
 
 __all__ = ["DIFFUSERS_VERSION", "diffusers_configs", "from_diffusers"]
 
-DIFFUSERS_VERSION = "0.42.1"  # of diffusers, whose defaults are meant by keys that are not written
+DIFFUSERS_VERSION = "0.42.1"  # keys that are not written have this version's defaults
 _PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SIZE_EMBEDDING = 256  # sinusoids for each number among the sizes
 _END_OF_TEXT = 49407
 
-# Keys that must have one value, or be absent where that is diffusers' own default. Anything empty
-# (None, False, 0, a list of such) stands for any other.
+# Keys that must have this value, or be absent where it is diffusers' default. All empty values
+# (None, False, 0, a list of such) count as equal.
 _UNET_FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type": "text_time",
@@ -176,14 +176,14 @@ class _Config:
         return widths[0], [width // widths[0] for width in widths]
 
     def require(self, fixed: Mapping[str, Any], required: Sequence[str] = ()) -> None:
-        """Refuses a key whose value is not the one that our cells have."""
+        """Raises DataError for a key with another value than our cells need."""
         for key, expected in fixed.items():
             value = self.values.get(key, None if key in required else expected)
             if not (value == expected or (_is_empty(value) and _is_empty(expected))):
                 raise self.refuse(key, repr(expected))
 
     def require_known(self, known: Sequence[str]) -> None:
-        """Refuses a key that is not known, unless it is empty or a note (`_diffusers_version`)."""
+        """Raises DataError for an unknown key, unless it is empty or a note (`_class_name`)."""
         for key, value in self.values.items():
             if key not in known and not key.startswith("_") and not _is_empty(value):
                 raise DataError(
@@ -215,7 +215,7 @@ def _unet(config: _Config) -> dict[str, Any]:
     if list(config.need("up_block_types")) != up:
         raise config.refuse("up_block_types", f"{up}, as down_block_types has it")
 
-    # diffusers' `attention_head_dim` is the number of heads, as it says itself.
+    # Despite its name, diffusers' `attention_head_dim` is the number of heads.
     heads_key = "num_attention_heads"
     if config.values.get(heads_key) is None:
         heads_key = "attention_head_dim"
@@ -356,7 +356,7 @@ def _written_unet(unet: Mapping[str, Any], size_width: int) -> dict[str, Any]:
         "_diffusers_version": DIFFUSERS_VERSION,
         **_UNET_FIXED,
         "addition_time_embed_dim": size_width,
-        # The number of heads, whatever it is called.
+        # Despite its name, the number of heads.
         "attention_head_dim": [max(1, width // unet["num_head_channels"]) for width in widths],
         "block_out_channels": widths,
         "cross_attention_dim": unet["context_dim"],
@@ -410,7 +410,7 @@ def _written_encoder(encoder: Encoder) -> dict[str, Any]:
         **_TEXT_FIXED,
         "attention_dropout": 0.0,
         "bos_token_id": 49406,
-        # Released configs say 2, for which transformers pools at the highest id: the same place.
+        # Released configs say 2, for which transformers pools at the highest id, the same position.
         "eos_token_id": _END_OF_TEXT,
         "hidden_act": "quick_gelu" if clip else "gelu",
         "hidden_size": encoder.width,

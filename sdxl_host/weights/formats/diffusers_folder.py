@@ -14,7 +14,13 @@ from sdxl_host.files.tensors import DTYPES, Tensors, open_safetensors
 from sdxl_host.weights.architecture import Architecture
 from sdxl_host.weights.compare import compare_shapes
 from sdxl_host.weights.formats.diffusers_configs import from_diffusers
-from sdxl_host.weights.formats.diffusers_names import Place, join, places, sources, split_shapes
+from sdxl_host.weights.formats.diffusers_names import (
+    DiffusersTensor,
+    diffusers_tensors,
+    join,
+    match,
+    split_shapes,
+)
 from sdxl_host.weights.metadata import LOGIT_SCALE, OBJECTIVE, SCALE_FACTOR, SCHEDULER
 from sdxl_host.weights.shapes import expected_shapes
 from sdxl_host.weights.source import Source
@@ -40,8 +46,8 @@ _PICKLED = (".bin", ".fp16.bin")
 def open_diffusers(folder: Path) -> Source:
     """The weights in a folder that diffusers wrote: a pipeline's, or that of one of its parts.
 
-    Only headers are read now. Every tensor is compared with what the config.json files describe,
-    so that one that is missing, unexpected or misshapen is told as the folder spells it. Raises
+    Only headers are read now. The tensors are compared with those that the config.json files
+    describe; an error names a missing, unexpected or misshapen one as the folder does. Raises
     DataError.
     """
     folders = _component_folders(folder)
@@ -50,7 +56,7 @@ def open_diffusers(folder: Path) -> Source:
     files = {name: _open_component(where, name, notes) for name, where in folders.items()}
     architecture = from_diffusers(configs)
     found = {
-        Place(name, tensor): shape
+        DiffusersTensor(name, tensor): shape
         for name, tensors in files.items()
         for tensor, shape in tensors.shapes.items()
     }
@@ -173,26 +179,26 @@ def _open_shards(index: Path) -> Tensors:
 
 def _matched(
     folder: Path,
-    found: Mapping[Place, tuple[int, ...]],
+    found: Mapping[DiffusersTensor, tuple[int, ...]],
     architecture: Architecture,
     notes: list[str],
-) -> dict[str, tuple[Place, ...]]:
-    """Where each single-file tensor is in the folder. Raises DataError unless all fit."""
-    matched = sources(found, architecture)
+) -> dict[str, tuple[DiffusersTensor, ...]]:
+    """The folder's tensors for each single-file tensor. Raises DataError unless all fit."""
+    matched = match(found, architecture)
     if matched.constants:
         notes.append(f"{', '.join(map(str, matched.constants))} left out: positions, not weights")
-    wanted = {**places(architecture), **matched.tensors}
+    wanted = {**diffusers_tensors(architecture), **matched.tensors}
     expected = {
-        str(place): shape
+        str(tensor): shape
         for name, shape in expected_shapes(architecture).items()
-        for place, shape in zip(wanted[name], split_shapes(name, shape), strict=True)
+        for tensor, shape in zip(wanted[name], split_shapes(name, shape), strict=True)
     }
     held = {str(p): shape for p, shape in found.items() if p not in matched.constants}
     for parts in matched.tensors.values():
-        for place in parts:
+        for tensor in parts:
             # Old files hold the autoencoder's attention as 1x1 kernels.
-            if held[str(place)] == (*expected[str(place)], 1, 1):
-                held[str(place)] = expected[str(place)]
+            if held[str(tensor)] == (*expected[str(tensor)], 1, 1):
+                held[str(tensor)] = expected[str(tensor)]
     compare_shapes(
         expected, held, str(folder), "get the folder again, or the config.json that belongs to it"
     )
@@ -202,19 +208,19 @@ def _matched(
 def _logit_scale(
     files: Mapping[str, Tensors], architecture: Architecture
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """The one weight that diffusers has no place for, where our writer put it in a header."""
+    """`logit_scale`, for which diffusers has no tensor, from the header where `export` put it."""
     text = files.get("text_encoder_2")
     if text is None or LOGIT_SCALE not in text.metadata:
         return {}
     stored = json.loads(text.metadata[LOGIT_SCALE])
-    name = next(name for name in places(architecture) if name.endswith(".logit_scale"))
+    name = next(name for name in diffusers_tensors(architecture) if name.endswith(".logit_scale"))
     return {name: (stored["dtype"], np.array(stored["value"], DTYPES[stored["dtype"]]))}
 
 
 def _metadata(
     folder: Path, files: Mapping[str, Tensors], configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, str]:
-    """The U-Net's header, and what the configs say of the latents' scale and the objective."""
+    """The metadata of the U-Net's file, with latents' scale and objective from the configs."""
     metadata = dict(files["unet"].metadata) if "unet" in files else {}
     if "scaling_factor" in configs.get("vae", {}):
         metadata[SCALE_FACTOR] = str(configs["vae"]["scaling_factor"])

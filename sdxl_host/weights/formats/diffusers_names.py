@@ -25,11 +25,11 @@ from sdxl_host.weights.architecture import (
 )
 
 __all__ = [
-    "Place",
-    "Sources",
+    "DiffusersTensor",
+    "Matches",
+    "diffusers_tensors",
     "join",
-    "places",
-    "sources",
+    "match",
     "split",
     "split_shapes",
 ]
@@ -84,7 +84,7 @@ _KERNEL = re.compile(rf"^{re.escape(AUTOENCODER_PREFIX)}.*\.mid\.attn_1\.(q|k|v|
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class DiffusersTensor:
     """One tensor of a diffusers folder.
 
     component: "unet", "vae", "text_encoder" or "text_encoder_2".
@@ -99,29 +99,32 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where the single-file tensors of an architecture are in a diffusers folder.
+class Matches:
+    """The tensors of a diffusers folder that single-file tensors are made of.
 
-    tensors: places in the folder, as it spells them and in the order that `join` takes, of each
-        tensor that is there whole.
-    constants: places that hold the positions 0..76, which are not read.
+    tensors: for each single-file tensor that is there whole, the folder's tensors, named as the
+        folder names them and in the order that `join` takes.
+    constants: tensors that hold the positions 0..76, which are not read.
     """
 
-    tensors: dict[str, tuple[Place, ...]]
-    constants: tuple[Place, ...]
+    tensors: dict[str, tuple[DiffusersTensor, ...]]
+    constants: tuple[DiffusersTensor, ...]
 
 
-def places(architecture: Architecture) -> dict[str, tuple[Place, ...]]:
-    """Every single-file name of an architecture, and its places in a diffusers folder.
+def diffusers_tensors(architecture: Architecture) -> dict[str, tuple[DiffusersTensor, ...]]:
+    """Every single-file name of an architecture, and its tensors in a diffusers folder.
 
-    One place, or three (query, key and value) for a fused projection, or none where diffusers has
+    One tensor, or three (query, key and value) for a fused projection, or none where diffusers has
     no such tensor. Raises DataError for text encoders that a diffusers folder can't hold.
     """
-    named: dict[str, tuple[Place, ...]] = {}
+    named: dict[str, tuple[DiffusersTensor, ...]] = {}
 
     def add(component: str, prefix: str, pairs: Pairs) -> None:
         for single, other in pairs:
-            named[prefix + single] = (*named.get(prefix + single, ()), Place(component, other))
+            named[prefix + single] = (
+                *named.get(prefix + single, ()),
+                DiffusersTensor(component, other),
+            )
 
     if architecture.unet is not None:
         add("unet", NETWORK_PREFIX, _unet(architecture.unet))
@@ -139,34 +142,34 @@ def places(architecture: Architecture) -> dict[str, tuple[Place, ...]]:
     return named
 
 
-def sources(found: Iterable[Place], architecture: Architecture) -> Sources:
+def match(found: Iterable[DiffusersTensor], architecture: Architecture) -> Matches:
     """Which tensors of a folder make which single-file tensor.
 
     found: every tensor of the folder. Accepted besides today's names: text encoders without
     `text_model.`, as transformers 5 saves them, and the autoencoder's attention as `query`, `key`,
     `value` and `proj_attn`. Of two spellings of one tensor the first is taken.
     """
-    spelled: dict[Place, Place] = {}
-    constants: list[Place] = []
-    wanted = places(architecture)
-    known = {place for parts in wanted.values() for place in parts}
-    present = {place.component for place in known}
-    for place in found:
-        today = _today(place)
+    spelled: dict[DiffusersTensor, DiffusersTensor] = {}
+    constants: list[DiffusersTensor] = []
+    wanted = diffusers_tensors(architecture)
+    known = {tensor for parts in wanted.values() for tensor in parts}
+    present = {tensor.component for tensor in known}
+    for tensor in found:
+        today = _today(tensor)
         if today in known:
-            spelled.setdefault(today, place)
+            spelled.setdefault(today, tensor)
         elif today.name == _POSITIONS and today.component in present:
-            constants.append(place)
+            constants.append(tensor)
     tensors = {
         name: tuple(spelled[part] for part in parts)
         for name, parts in wanted.items()
         if parts and all(part in spelled for part in parts)
     }
-    return Sources(tensors, tuple(constants))
+    return Matches(tensors, tuple(constants))
 
 
 def split(name: str, array: np.ndarray) -> list[np.ndarray]:
-    """The tensors that a single-file tensor is in diffusers, in the order of its places.
+    """The tensors that a single-file tensor is in diffusers, in the order of `diffusers_tensors`.
 
     Raises DataError, naming the tensor, for a shape that can't be split.
     """
@@ -217,16 +220,16 @@ def _misshapen(name: str, shape: tuple[int, ...], expected: str) -> DataError:
     return DataError(f"{name}: the shape {shape} is not that of {expected}; get the weights again")
 
 
-def _today(place: Place) -> Place:
-    """A place as diffusers spells it now."""
-    name = place.name
-    if place.component == "vae":
+def _today(tensor: DiffusersTensor) -> DiffusersTensor:
+    """The tensor under the name that diffusers has for it now."""
+    name = tensor.name
+    if tensor.component == "vae":
         name = _OLD_ATTENTION_NAME.sub(lambda match: _OLD_ATTENTION[match[0]], name)
-    elif place.component.startswith("text_encoder") and not name.startswith(
+    elif tensor.component.startswith("text_encoder") and not name.startswith(
         ("text_model.", "text_projection.")
     ):
         name = f"text_model.{name}"
-    return Place(place.component, name)
+    return DiffusersTensor(tensor.component, name)
 
 
 # ---- pairs of names, part by part ---------------------------------------------------------------
@@ -277,8 +280,8 @@ def _unet(unet: Mapping[str, Any]) -> Pairs:
             if depths[level]:
                 yield from _transformer(f"{single}.1", f"{up}.attentions.{block}", depths[level])
             if level > 0 and block == blocks:
-                place = 2 if depths[level] else 1
-                yield from _affine(f"{single}.{place}.conv", f"{up}.upsamplers.0.conv")
+                index = 2 if depths[level] else 1
+                yield from _affine(f"{single}.{index}.conv", f"{up}.upsamplers.0.conv")
             number += 1
 
     yield from _affine("out.0", "conv_norm_out")
@@ -293,7 +296,7 @@ def _unet_block(single: str, other: str, changes_width: bool) -> Pairs:
 
 
 def _transformer(single: str, other: str, depth: int) -> Pairs:
-    """A spatial transformer, whose inner names are the same in both."""
+    """A spatial transformer; the names inside it are the same in both."""
     for layer in ("norm", "proj_in", "proj_out"):
         yield from _affine(f"{single}.{layer}", f"{other}.{layer}")
     for index in range(depth):
@@ -358,7 +361,7 @@ def _autoencoder_middle(single: str, other: str) -> Pairs:
 
 
 def _clip(encoder: Encoder) -> Pairs:
-    """The same names in both, as both are transformers' own."""
+    """The names of transformers, in both."""
     for table in ("token_embedding", "position_embedding"):
         name = f"text_model.embeddings.{table}.weight"
         yield name, name

@@ -28,24 +28,24 @@ _PRECISIONS = {
     "Int32": "int32",
     "Int64": "int64",
 }
-# What MindSpore's own callbacks append to a checkpoint.
+# Numbers that MindSpore's callbacks append to a checkpoint.
 _COUNTERS = ("epoch_num", "step_num")
 
 _CRC_MARK = b"crc_num"
 _CRC_LENGTH = len(_CRC_MARK) + 10
 _VARINT, _BYTES = 0, 2
 
-# The last word of a name: a norm's and an embedding's are MindSpore's own.
+# The last word of a norm's or an embedding's parameter: MindSpore's and the single file's.
 _LAST_WORDS = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 
 
 class _Malformed(Exception):
-    """The bytes are not such a message; where that shows."""
+    """The bytes are not a checkpoint of MindSpore; the text says at which byte."""
 
 
 @dataclass
 class _Stored:
-    """A tensor's place in the file: (start, length) of each piece."""
+    """Where a tensor's bytes are in the file: (start, length) of each piece."""
 
     dims: tuple[int, ...]
     kind: str
@@ -104,8 +104,7 @@ def open_mindspore(path: Path) -> Source:
 
 
 def _single_file_name(tag: str) -> str:
-    """MindONE's name -> the single file's: `_backbone` of its wrappers goes, and a norm's `gamma`
-    and `beta` and an embedding's table are called as in the file."""
+    """MindONE's name -> the single file's name, without `_backbone` of its wrapper cells."""
     words = [word for word in tag.split(".") if word != "_backbone"]
     words[-1] = _LAST_WORDS.get(words[-1], words[-1])
     if words[0] == "diffusion_model":
@@ -114,7 +113,7 @@ def _single_file_name(tag: str) -> str:
 
 
 def _walk(view: mmap.mmap) -> dict[str, _Stored]:
-    """Every tensor's place by its tag."""
+    """Where each tensor is in the file, by its tag."""
     end = len(view)
     if view[max(0, end - _CRC_LENGTH) :].startswith(_CRC_MARK):
         end -= _CRC_LENGTH
@@ -122,7 +121,7 @@ def _walk(view: mmap.mmap) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     for number, kind, start, length in _fields(view, 0, end):
         if (number, kind) != (1, _BYTES):
-            raise _Malformed(f"byte {start} begins something else than a tensor")
+            raise _Malformed(f"byte {start} does not begin a tensor")
         tag, entry = _value(view, start, start + length)
         before = stored.setdefault(tag, _Stored(entry.dims, entry.kind))
         if (before.dims, before.kind) != (entry.dims, entry.kind):
@@ -137,15 +136,15 @@ def _value(view: mmap.mmap, start: int, end: int) -> tuple[str, _Stored]:
         if number == 1:
             tag = view[at : at + length].decode("utf-8")
         elif number == 2:
-            for inner, wire, place, size in _fields(view, at, at + length):
+            for inner, wire, position, size in _fields(view, at, at + length):
                 if inner == 1 and wire == _VARINT:
-                    dims.append(_varint(view, place)[0])
+                    dims.append(_varint(view, position)[0])
                 elif inner == 1:
-                    dims += _packed(view, place, place + size)
+                    dims += _packed(view, position, position + size)
                 elif inner == 2:
-                    kind = view[place : place + size].decode("utf-8")
+                    kind = view[position : position + size].decode("utf-8")
                 elif inner == 3:
-                    pieces.append((place, size))
+                    pieces.append((position, size))
         elif number == 3:
             raise _Malformed(f"{tag} is a map, not a tensor")
     if not tag or not kind:
@@ -172,7 +171,7 @@ def _fields(view: mmap.mmap, start: int, end: int):
 
 
 def _varint(view: mmap.mmap, at: int) -> tuple[int, int]:
-    """The number at `at`, seven bits a byte, the lowest first; and the place after it."""
+    """The number at `at`, stored seven bits a byte, the lowest first; and the position after it."""
     value = shift = 0
     while True:
         byte = view[at]
@@ -198,4 +197,4 @@ def _check_crc(view: mmap.mmap, end: int) -> None:
     for start in range(0, end, 1 << 24):
         found = zlib.crc32(view[start : min(end, start + (1 << 24))], found)
     if found != expected:
-        raise _Malformed("its check sum is another")
+        raise _Malformed("its check sum does not fit")

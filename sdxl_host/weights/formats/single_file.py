@@ -10,7 +10,7 @@ from sdxl_host.weights.source import Source
 
 __all__ = ["open_single_file", "without_extras"]
 
-# What a name begins with, and why such tensors are not weights of the model.
+# Beginnings of names, and why such tensors are not weights of the model.
 _EXTRAS = {
     "model_ema.": "a running average of the U-Net; the U-Net itself is read",
     "denoiser.sigmas": "the noise schedule, which the config describes",
@@ -20,8 +20,7 @@ _EXTRAS = {
 def open_single_file(path: Path) -> Source:
     """The weights of a safetensors file under the single file's names. Raises DataError.
 
-    Averages and schedules in it are left out, and ComfyUI's markers become metadata; a note says
-    so.
+    Averages and schedules are left out, and ComfyUI's markers become metadata, each with a note.
     """
     return without_extras(open_safetensors(path), f"{path} (single file)")
 

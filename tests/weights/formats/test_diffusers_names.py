@@ -14,16 +14,16 @@ from sdxl_host.errors import DataError
 from sdxl_host.weights.architecture import SDXL_BASE, SDXL_REFINER, Architecture, Encoder
 from sdxl_host.weights.formats.diffusers_configs import from_diffusers
 from sdxl_host.weights.formats.diffusers_names import (
-    Place,
+    DiffusersTensor,
+    diffusers_tensors,
     join,
-    places,
-    sources,
+    match,
     split,
     split_shapes,
 )
 from sdxl_host.weights.shapes import expected_shapes
 
-REFERENCE = Path(__file__).parents[1] / "reference"
+REFERENCE = Path(__file__).parents[2] / "reference"
 SMALL = ("two_levels", "three_levels", "middle_only", "small_refiner")
 
 FUSED = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
@@ -60,21 +60,21 @@ def small(by_config: dict[str, Any]) -> Architecture:
 def in_diffusers(architecture: Architecture, shapes: Shapes) -> Shapes:
     """The folder that single-file shapes are split into."""
     found: Shapes = {}
-    for name, parts in places(architecture).items():
+    for name, parts in diffusers_tensors(architecture).items():
         for place, shape in zip(parts, split_shapes(name, shapes[name]), strict=True):
             assert str(place) not in found, "two tensors have one place"
             found[str(place)] = shape
     return found
 
 
-def folder(architecture: Architecture) -> list[Place]:
-    return [place for parts in places(architecture).values() for place in parts]
+def folder(architecture: Architecture) -> list[DiffusersTensor]:
+    return [place for parts in diffusers_tensors(architecture).values() for place in parts]
 
 
 def test_the_single_file_has_these_2515_names() -> None:
     expected = table("sdxl_base_keys")
     assert len(expected) == 2515
-    assert places(SDXL_BASE).keys() == expected.keys()
+    assert diffusers_tensors(SDXL_BASE).keys() == expected.keys()
 
 
 def test_the_diffusers_folder_has_these_2641_names_and_shapes() -> None:
@@ -84,13 +84,15 @@ def test_the_diffusers_folder_has_these_2641_names_and_shapes() -> None:
 
 
 def test_every_name_is_mapped_as_in_the_reference() -> None:
-    mapped = {str(place): name for name, parts in places(SDXL_BASE).items() for place in parts}
+    mapped = {
+        str(place): name for name, parts in diffusers_tensors(SDXL_BASE).items() for place in parts
+    }
     assert mapped == table("sdxl_name_map")
 
 
 def test_a_whole_folder_makes_the_single_file() -> None:
     shapes = shape_table("sdxl_diffusers_keys")
-    found = sources([Place(*name.split("/", 1)) for name in shapes], SDXL_BASE)
+    found = match([DiffusersTensor(*name.split("/", 1)) for name in shapes], SDXL_BASE)
     # Numbers take no memory here, where each is a view of one.
     joined = {
         name: join(name, [np.broadcast_to(np.int8(0), shapes[str(part)]) for part in parts]).shape
@@ -101,7 +103,9 @@ def test_a_whole_folder_makes_the_single_file() -> None:
     assert single == joined | {name: single[name] for name in (SCALE, POSITIONS)}
     assert not found.constants
     # The reverse of the same rule, not only as large: every part stands in its order.
-    assert found.tensors == {name: parts for name, parts in places(SDXL_BASE).items() if parts}
+    assert found.tensors == {
+        name: parts for name, parts in diffusers_tensors(SDXL_BASE).items() if parts
+    }
 
 
 @pytest.mark.parametrize("name", ["refiner", *SMALL])
@@ -111,7 +115,7 @@ def test_other_models_have_the_names_and_shapes_that_diffusers_builds(
     architecture = from_diffusers(by_config[name]["configs"])
     assert (architecture == SDXL_REFINER) == (name == "refiner")
     shapes = expected_shapes(architecture)
-    assert places(architecture).keys() == shapes.keys()
+    assert diffusers_tensors(architecture).keys() == shapes.keys()
     assert in_diffusers(architecture, shapes) == {
         f"{component}/{key}": tuple(shape)
         for component, state in by_config[name]["shapes"].items()
@@ -120,9 +124,9 @@ def test_other_models_have_the_names_and_shapes_that_diffusers_builds(
 
 
 def test_the_refiners_only_encoder_is_the_first_embedder_and_text_encoder_2() -> None:
-    named = places(SDXL_REFINER)
+    named = diffusers_tensors(SDXL_REFINER)
     assert named["conditioner.embedders.0.model.text_projection"] == (
-        Place("text_encoder_2", "text_projection.weight"),
+        DiffusersTensor("text_encoder_2", "text_projection.weight"),
     )
     assert not any(place.component == "text_encoder" for place in folder(SDXL_REFINER))
 
@@ -133,7 +137,7 @@ def test_splitting_and_joining_gives_the_same_bits(
 ) -> None:
     """uint16 stands for bfloat16's bits."""
     random = np.random.default_rng(1)
-    named = places(small)
+    named = diffusers_tensors(small)
     for name, shape in expected_shapes(small).items():
         array = random.integers(0, 1000, shape).astype(dtype)
         parts = split(name, array)
@@ -150,8 +154,8 @@ def test_a_fused_projection_is_query_key_and_value_in_turn() -> None:
     fused = np.arange(12).reshape(6, 2)
     np.testing.assert_array_equal(np.stack(split(FUSED, fused)), fused.reshape(3, 2, 2))
     prefix = "text_model.encoder.layers.0.self_attn."
-    assert places(SDXL_BASE)[FUSED] == tuple(
-        Place("text_encoder_2", f"{prefix}{each}_proj.weight") for each in "qkv"
+    assert diffusers_tensors(SDXL_BASE)[FUSED] == tuple(
+        DiffusersTensor("text_encoder_2", f"{prefix}{each}_proj.weight") for each in "qkv"
     )
 
 
@@ -180,8 +184,8 @@ def test_the_autoencoders_attention_is_a_matrix_in_diffusers() -> None:
 def test_what_diffusers_lacks_has_no_place() -> None:
     assert split(SCALE, np.float32(2.6593) * np.ones(())) == []
     assert split(POSITIONS, np.arange(77)[None]) == []
-    assert places(SDXL_BASE)[SCALE] == places(SDXL_BASE)[POSITIONS] == ()
-    assert not {SCALE, POSITIONS} & sources(folder(SDXL_BASE), SDXL_BASE).tensors.keys()
+    assert diffusers_tensors(SDXL_BASE)[SCALE] == diffusers_tensors(SDXL_BASE)[POSITIONS] == ()
+    assert not {SCALE, POSITIONS} & match(folder(SDXL_BASE), SDXL_BASE).tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -213,20 +217,21 @@ def test_what_diffusers_lacks_has_no_place() -> None:
 def test_other_spellings_are_read(
     small: Architecture, component: str, today: str, old: str
 ) -> None:
-    new_place, old_place = Place(component, today), Place(component, old)
+    new_place, old_place = DiffusersTensor(component, today), DiffusersTensor(component, old)
     listed = folder(small)
     assert new_place in listed
-    found = sources([old_place if each == new_place else each for each in listed], small)
-    (name,) = (name for name, parts in places(small).items() if new_place in parts)
+    found = match([old_place if each == new_place else each for each in listed], small)
+    (name,) = (name for name, parts in diffusers_tensors(small).items() if new_place in parts)
     assert old_place in found.tensors[name]
     assert len([part for parts in found.tensors.values() for part in parts]) == len(listed)
 
 
 def test_an_encoder_saved_by_transformers_5_is_read_whole(small: Architecture) -> None:
     listed = [
-        Place(each.component, each.name.removeprefix("text_model.")) for each in folder(small)
+        DiffusersTensor(each.component, each.name.removeprefix("text_model."))
+        for each in folder(small)
     ]
-    found = sources(listed, small)
+    found = match(listed, small)
     parts = [part for each in found.tensors.values() for part in each]
     assert sorted(parts) == sorted(listed)
 
@@ -238,40 +243,40 @@ def test_an_old_attention_kernel_is_read() -> None:
 
 
 def test_of_two_spellings_the_first_is_taken(small: Architecture) -> None:
-    twice = Place("text_encoder", "final_layer_norm.bias")
-    assert sources([*folder(small), twice], small) == sources(folder(small), small)
+    twice = DiffusersTensor("text_encoder", "final_layer_norm.bias")
+    assert match([*folder(small), twice], small) == match(folder(small), small)
 
 
 def test_stored_positions_are_constants(small: Architecture) -> None:
     stored = (
-        Place("text_encoder", "text_model.embeddings.position_ids"),
-        Place("text_encoder_2", "embeddings.position_ids"),
+        DiffusersTensor("text_encoder", "text_model.embeddings.position_ids"),
+        DiffusersTensor("text_encoder_2", "embeddings.position_ids"),
     )
-    found = sources([*folder(small), *stored], small)
+    found = match([*folder(small), *stored], small)
     assert found.constants == stored
     without_clip = Architecture(small.unet, small.autoencoder, ())
-    assert sources([*folder(small), *stored], without_clip).constants == ()
+    assert match([*folder(small), *stored], without_clip).constants == ()
 
 
 def test_tensors_of_no_part_of_the_architecture_are_not_taken(small: Architecture) -> None:
     strange = (
-        Place("unet", "conv_in.scale"),
-        Place("unet", "down_blocks.0.attentions.0.norm.weight"),
-        Place("vae", "text_model.final_layer_norm.bias"),
-        Place("safety_checker", "conv_in.weight"),
+        DiffusersTensor("unet", "conv_in.scale"),
+        DiffusersTensor("unet", "down_blocks.0.attentions.0.norm.weight"),
+        DiffusersTensor("vae", "text_model.final_layer_norm.bias"),
+        DiffusersTensor("safety_checker", "conv_in.weight"),
     )
-    assert sources([*strange, *folder(small)], small) == sources(folder(small), small)
+    assert match([*strange, *folder(small)], small) == match(folder(small), small)
     autoencoder = Architecture(None, small.autoencoder, ())
-    found = sources(folder(small), autoencoder)
+    found = match(folder(small), autoencoder)
     assert {part.component for parts in found.tensors.values() for part in parts} == {"vae"}
-    assert found.tensors.keys() == places(autoencoder).keys()
+    assert found.tensors.keys() == diffusers_tensors(autoencoder).keys()
 
 
 def test_a_tensor_that_is_not_there_whole_is_left_out(small: Architecture) -> None:
-    key = Place("text_encoder_2", "text_model.encoder.layers.0.self_attn.k_proj.weight")
-    out = Place("unet", "conv_out.bias")
-    found = sources([each for each in folder(small) if each not in (key, out)], small)
-    whole = sources(folder(small), small).tensors
+    key = DiffusersTensor("text_encoder_2", "text_model.encoder.layers.0.self_attn.k_proj.weight")
+    out = DiffusersTensor("unet", "conv_out.bias")
+    found = match([each for each in folder(small) if each not in (key, out)], small)
+    whole = match(folder(small), small).tensors
     assert whole.keys() - found.tensors.keys() == {FUSED, "model.diffusion_model.out.2.bias"}
     assert found.tensors.items() <= whole.items()
 
@@ -297,4 +302,4 @@ def test_what_can_not_be_split_is_refused_by_name(name: str, shape: tuple[int, .
 def test_encoders_that_no_diffusers_folder_holds_are_refused(kinds: tuple[str, ...]) -> None:
     encoders = tuple(Encoder(kind, 32, 1, 1) for kind in kinds)
     with pytest.raises(DataError, match=r"^text encoders .*use a single file$"):
-        places(Architecture(None, None, encoders))
+        diffusers_tensors(Architecture(None, None, encoders))
