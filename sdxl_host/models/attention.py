@@ -157,7 +157,7 @@ class BlockwiseAttention(nn.Cell):
         # channel takes c away within the product: on CPU, broadcasting c over a block would need
         # index tables several times the block's size.
         centre = self.sum(out * d_out, -1)
-        slopes = ops.concat((d_out, -centre), axis=-1)
+        slopes = ops.concat((d_out, -centre), axis=-1)  # pyright: ignore[reportOptionalOperand]
         values = ops.concat((value, ops.ones_like(value[:, :, :1])), axis=-1)
         length = _block_length(key.shape[0], key.shape[1])
         d_query = ()
