@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 import importlib_metadata
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 import sdxl_host
 from sdxl_host.device import prepare_cpu_environment
@@ -141,18 +142,40 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of a fresh environment with `sdxl-host[edm,snr]` from the wheels.
 
+    What the host declares that it needs is linked into it rather than installed, because MindSpore
+    is gigabytes; pip compares their versions with the bounds. Nothing else is there.
     Whoever installs more into it removes that again. Of the processes that `make test` shares the
     files among, each would make its own, so one file alone uses it.
     """
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.create(folder, with_pip=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for source in needed_by("sdxl-host"):
+        if not (packages / source.name).exists():
+            (packages / source.name).symlink_to(source)
     programs = folder / "bin"
-    # What is not compiled beforehand is compiled when it is imported, and most of it never is.
-    command = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
+    command = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--no-index"]
     subprocess.run(
         [*command, "--find-links", str(dist), "sdxl-host[edm,snr]"], check=True, timeout=900
     )
     return programs
+
+
+def needed_by(name: str) -> set[Path]:
+    """What the packages that `name` needs, directly or not, have put into site-packages."""
+    found: set[Path] = set()
+    seen, left = {name}, [name]
+    while left:
+        for line in importlib_metadata.requires(left.pop()) or []:
+            needed = Requirement(line)
+            if needed.name in seen or (needed.marker and not needed.marker.evaluate({"extra": ""})):
+                continue
+            seen.add(needed.name)
+            left.append(needed.name)
+            for file in importlib_metadata.files(needed.name) or []:
+                if file.parts[0] not in ("..", "__pycache__"):
+                    found.add(Path(str(file.locate())).parents[len(file.parts) - 1] / file.parts[0])
+    return found
 
 
 @pytest.fixture

@@ -79,9 +79,10 @@ def left(kind: type, progress: float) -> float:
 
 
 @FALLING
-@pytest.mark.parametrize("end_factor", [0.0, 0.1, 0.3, 1.0])
-@pytest.mark.parametrize("warm_up", [0, 1, 2, 7])
-@pytest.mark.parametrize("end_step", [None, 12, 25, 40])
+@pytest.mark.parametrize(
+    ("end_factor", "warm_up", "end_step"),
+    [(0.0, 0, None), (0.1, 1, 12), (0.3, 2, 25), (1.0, 7, 40), (0.3, 7, None), (0.0, 2, 40)],
+)
 def test_the_fall_from_1_to_end_factor(falling, end_factor, warm_up, end_step):
     """k / w up to update w (1 without a warm-up), then e + (1 - e) of what is left to end_step."""
     factors = falling(end_factor, warm_up, end_step).factors(25)

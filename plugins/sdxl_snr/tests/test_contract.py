@@ -7,3 +7,4 @@ from sdxl_host.testing import PluginContract
 
 class TestContract(PluginContract):
     plugin = "snr"
+    pairings = ("timestep_bias", "lpw")  # each pair of the four is tried once, by either of its two

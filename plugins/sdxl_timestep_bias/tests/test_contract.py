@@ -7,4 +7,4 @@ from sdxl_host.testing import PluginContract
 
 class TestContract(PluginContract):
     plugin = "timestep_bias"
-    options = {"strategy": "later", "multiplier": 2.0, "importance_correction": True}
+    pairings = ("lpw",)  # each pair of the four is tried once, by either of its two
