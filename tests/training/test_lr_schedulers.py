@@ -526,6 +526,6 @@ def test_scale_lr_counts_the_workers(
     config = load([*words, *SMALLEST, "--save_path", str(tmp_path)])
     made = Trainer(config, lambda line: None, Workers(0, 2))
     assert made.batch_size == 12
-    rates = made.cell.table.asnumpy()[:, 0]
+    rates = made.table[:, 0]
     np.testing.assert_allclose(rates, 12e-3 * np.array([0.25, 0.5, 0.75, 1.0]), rtol=1e-6)
     made.folder.release()

@@ -1,0 +1,49 @@
+"""The house keeps its shape: few modules at the top, and files that are read in one sitting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Tables, which grow with what they list.
+TABLES = {
+    "sdxl_host/weights/formats/diffusers_configs.py": "every key of diffusers' configs",
+}
+# Longer than that when this test was written. A file that is split leaves the list.
+LONGER = {
+    "plugins/sdxl_edm/tests/test_edm.py",
+    "plugins/sdxl_lpw/tests/test_lpw.py",
+    "sdxl_host/testing/checks.py",
+    "tests/commands/test_plan.py",
+    "tests/config/test_load.py",
+    "tests/plugins/test_broken_plugins.py",
+    "tests/plugins/test_hooks.py",
+    "tests/testing/test_kit.py",
+    "tests/training/test_effects.py",
+    "tests/training/test_faults.py",
+    "tests/training/test_lr_schedulers.py",
+    "tests/training/test_resume.py",
+    "tests/training/test_step.py",
+    "tests/training/test_trainer.py",
+}
+
+
+def test_the_top_of_the_host_holds_at_most_ten_modules() -> None:
+    assert len(list((ROOT / "sdxl_host").glob("*.py"))) <= 10
+
+
+@pytest.mark.parametrize("folder", ["sdxl_host", "plugins", "examples", "tests"])
+def test_no_file_is_too_long(folder: str) -> None:
+    """At most 400 lines, and 500 of tests."""
+    long = {}
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        path = file.relative_to(ROOT)
+        lines = len(file.read_text("utf-8").splitlines())
+        if (
+            lines > (500 if "tests" in path.parts else 400)
+            and path.as_posix() not in LONGER | TABLES.keys()
+        ):
+            long[path.as_posix()] = lines
+    assert not long
