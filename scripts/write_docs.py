@@ -349,11 +349,6 @@ def _adapter(self: Any) -> Any:
     return weights
 
 
-def _forgetful(self: Any) -> Any:
-    weights = yield
-    weights *= 2
-
-
 def _stateful(*names: str) -> type:
     return type("Written", (_written("weight_loss", _weight),), dict.fromkeys(names, _weight))
 
@@ -375,7 +370,6 @@ CLASSES: dict[str, type] = {
     "a wrapper on `on_step_end`": _written("on_step_end", _adapter, wrapper=True),
     "a wrapper without `yield`": _written("weight_loss", _weight, wrapper=True),
     "a `yield` without `wrapper=True`": _written("weight_loss", _adapter),
-    "a wrapper that ends without `return`": _written("weight_loss", _forgetful, wrapper=True),
     "`state_dict` alone": _stateful("state_dict"),
     "`load_state_dict` alone": _stateful("load_state_dict"),
 }

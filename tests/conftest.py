@@ -333,9 +333,10 @@ def count_code_lines(file: Path) -> int:
     return len(held - documented)
 
 
-def find_hidden_imports(file: Path) -> list[str]:
-    """What a module imports of the host that is not public: `import sdxl_host`, a module of it, or
-    a name that it does not list."""
+def find_hidden_imports(file: Path, *modules: ModuleType) -> list[str]:
+    """What a file imports of the host that is not public: `import sdxl_host`, a module of it, or a
+    name that it does not list. modules: those it may import listed names from, besides."""
+    public = {module.__name__: module.__all__ for module in (sdxl_host, *modules)}
     found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -344,8 +345,7 @@ def find_hidden_imports(file: Path) -> list[str]:
             module = node.module or ""
             names = [alias.name for alias in node.names]
             if module.partition(".")[0] == "sdxl_host":
-                public = sdxl_host.__all__ if module == "sdxl_host" else ()
-                found += [f"{module}.{name}" for name in names if name not in public]
+                found += [f"{module}.{n}" for n in names if n not in public.get(module, ())]
     return found
 
 
@@ -356,8 +356,8 @@ def code_lines() -> Callable[[Path], int]:
 
 
 @pytest.fixture(scope="session")
-def hidden_imports() -> Callable[[Path], list[str]]:
-    """`find_hidden_imports`, of which a plugin has none."""
+def hidden_imports() -> Callable[..., list[str]]:
+    """`find_hidden_imports`, of which a plugin and its tests have none."""
     return find_hidden_imports
 
 

@@ -139,14 +139,11 @@ def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
     checkpoint, _ = find_checkpoint(config, samples_of(update, dataset))
     source = open_weight_setting(config.train.weight) if checkpoint is None else None
 
-    asked = make_hooks(config.plugins)
-    if checkpoint is not None:
-        asked.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
-    before, after = curves(asked, config.tree)
-
-    # Hooks of their own: those of the curves have been asked for a step.
     hooks = make_hooks(config.plugins)
     model = hooks.build_model(config.tree)
+    if checkpoint is not None:
+        hooks.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
+    before, after = curves(hooks, model, config.tree)
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
     parts = model_parts(model)

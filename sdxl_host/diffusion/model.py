@@ -83,6 +83,11 @@ class DiffusionModel:
     encoders_part: Lazy[TextEncoders]
     changes: tuple[NetworkChange, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiffusionModel:
+        """The model itself: it is frozen, and a copy of a plugin that keeps it shares the
+        networks."""
+        return self
+
     @property
     def network(self) -> Any:
         """The U-Net, a MindSpore cell."""

@@ -69,9 +69,8 @@ def curve(hooks: Hooks, model: DiffusionModel, step: int = 1) -> Curve:
     """The curve that the plugins of `hooks` make of `model` at `step`.
 
     It calls `sample_timesteps` and `weight_loss`, the latter for one noise level a timestep. A
-    plugin may keep state, with or without a `state_dict`, so a run that goes on must not give its
-    own hooks: make others (`make_hooks`), and the model by their own `build_model`; for a
-    resumed run give them the checkpoint's plugin states.
+    plugin may keep state, with or without a `state_dict`, so a run that goes on gives
+    `Hooks.copy()` and not the hooks of its steps.
 
     Raises PluginError for a distribution whose `cdf` is none.
     """
@@ -94,15 +93,15 @@ def host_curve(model: DiffusionModel) -> Curve:
     return curve(Hooks(Defaults()), model)
 
 
-def curves(hooks: Hooks, config: Any) -> tuple[Curve, Curve]:
-    """The curves of a config without plugins and with them. config: the tree of a `RunConfig`.
+def curves(hooks: Hooks, model: DiffusionModel, config: Any) -> tuple[Curve, Curve]:
+    """The curves without plugins and with them; hooks and model: see `curve`.
 
-    hooks: made for this alone, see `curve`. Where a plugin claims `build_model` the host may not be
-    able to build that config, so the first is the curve of the plugin's model without more plugins.
+    config: the tree of a `RunConfig`, from which the host builds the model without plugins. Where a
+    plugin claims `build_model` the host may not be able to, so the first is then the curve of the
+    plugin's model without more plugins.
     """
-    model = hooks.build_model(config)
     is_hosts = hooks.chain("build_model").startswith("host")
-    unchanged = Hooks(Defaults()).build_model(config) if is_hosts else model
+    unchanged = Defaults().build_model(config) if is_hosts else model
     return host_curve(unchanged), curve(hooks, model)
 
 

@@ -1,45 +1,41 @@
-"""Plugins at work: each hook's call, with its result checked.
+"""The five hooks of a run: who answers each of them, and what is checked of the answer.
 
-Composition is pluggy's own (see `hookspecs`). Beside it stands a guard after each link of a chain:
-it attributes an error, or a wrong result, to the plugin it came from.
+pluggy keeps the plugins' implementations and validates them; `chain` runs them. Here stand the
+hooks themselves, as the rest of the host calls them, and what else a run asks of its plugins.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from sdxl_host import hookspecs
-from sdxl_host.errors import HostError, PluginError
-from sdxl_host.hookspecs import HOOKS, PROJECT, hookimpl
+from sdxl_host.errors import PluginError
+from sdxl_host.hookspecs import HOOKS, PROJECT
+from sdxl_host.plugins import results
+from sdxl_host.plugins.attribution import AttributedError, Plugin, attribute_changes, attributed
+from sdxl_host.plugins.chain import HookCall, Link
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed, make_instance
-from sdxl_host.plugins.results import CHECKS
 from sdxl_host.plugins.roles import Implementation, implementations
 from sdxl_host.plugins.selection import SelectedPlugin
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdxl_host.diffusion.conditioning import PromptEmbedding, TextEncoders
+    from sdxl_host.diffusion.distributions import NoiseDistribution
+    from sdxl_host.diffusion.model import DiffusionModel
+    from sdxl_host.diffusion.objective import NoiseLevels
+
 __all__ = ["Hooks", "Plugin", "make_hooks"]
 
-_CLAIMABLE = tuple(hook for hook in HOOKS if hook != "on_step_end")
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A selected plugin: its package, its options (or None) and the object with its hooks."""
-
-    installed: Installed
-    options: Any
-    instance: Any
-
-    @property
-    def name(self) -> str:
-        return self.installed.name
+Answer = TypeVar("Answer")
 
 
 def make_hooks(selected: Sequence[SelectedPlugin]) -> Hooks:
@@ -51,14 +47,10 @@ def make_hooks(selected: Sequence[SelectedPlugin]) -> Hooks:
     return Hooks(Defaults(), plugins)
 
 
-class _Attributed(PluginError):
-    """Already says which plugin it came from."""
-
-
 class Hooks:
     """The five hooks of a run, called with the host's defaults and the selected plugins.
 
-    defaults: the host's own plugin. plugins: the selected ones, in order. observers: the host's
+    defaults: the host's own answers. plugins: the selected ones, in order. observers: the host's
     own observers of `on_step_end`, called after the plugins'.
     Raises PluginError when two plugins claim one hook or a plugin breaks the contract.
     """
@@ -67,60 +59,62 @@ class Hooks:
         self, defaults: Any, plugins: Sequence[Plugin] = (), observers: Sequence[Any] = ()
     ) -> None:
         self.plugins = tuple(plugins)
+        self._defaults = defaults
         self._observers = tuple(observers)
         self._roles = {p.name: implementations(p.installed, type(p.instance)) for p in plugins}
-        self._claims = self._find_claims()
-        self._manager = pluggy.PluginManager(PROJECT)
-        self._manager.add_hookspecs(hookspecs)
-        # The host answers only where no plugin claims, so that a claim that answers None is seen
-        # and not papered over.
-        unclaimed = [hook for hook in _CLAIMABLE if hook not in self._claims]
-        answers = {hook: getattr(defaults, hook) for hook in unclaimed if hasattr(defaults, hook)}
-        self._manager.register(SimpleNamespace(**answers), name="host")
-        self._manager.register(self._guard(None, _CLAIMABLE))
-        for plugin in plugins:
-            try:
-                self._manager.register(plugin.instance, name=plugin.name)
-            except (pluggy.PluginValidationError, ValueError) as error:
-                raise PluginError(f"plugin {plugin.installed}: {error}") from error
-            adapted = [i.hook for i in self._roles[plugin.name] if i.role == "adapts"]
-            if adapted:
-                self._manager.register(self._guard(plugin, adapted))
-        self._manager.check_pending()
-        self._preconditioning_owner: str | None = None
-        self._preconditioning: Any = None
-        self._own_errors: list[Exception] = []  # the host's, which no wrapper around it caused
+        self._by_name = {p.name: p for p in plugins}
+        self._manager = self._register(self._find_claims())
 
     # ---- the hooks
 
-    def build_model(self, config: Any) -> Any:
-        """The `DiffusionModel` of this run."""
-        self._preconditioning_owner = self._preconditioning = None
-        return self._call("build_model", config=config)
+    def build_model(self, config: Any) -> DiffusionModel:
+        """The model of this run; called once a run."""
+        known, owner = None, None  # the preconditioning so far, and the plugin that put it there
 
-    def sample_timesteps(self, model: Any, step: int) -> Any:
-        """The `NoiseDistribution` of noise levels at this step."""
-        return self._call("sample_timesteps", model=model, step=step)
+        def check(answer: Any, plugin: Plugin | None) -> DiffusionModel:
+            nonlocal known, owner
+            model = results.check_model(answer)
+            if model.preconditioning is not known:
+                if owner is not None and plugin is not None:
+                    raise AttributedError(
+                        f"build_model: the plugins {owner.name} and {plugin.name} both replace the "
+                        "preconditioning; select one of them with --plugins"
+                    )
+                known, owner = model.preconditioning, plugin
+            return attribute_changes(model, plugin)
 
-    def weight_loss(self, model: Any, noise: Any, step: int) -> Any:
-        """lambda on |D - z|^2, float64 (G,)."""
-        return self._call("weight_loss", model=model, noise=noise, step=step)
+        return self._call("build_model", check, config=config)
 
-    def encode_prompt(self, prompts: Sequence[str], encoders: Any) -> Any:
-        """The `PromptEmbedding` of the prompts."""
-        return self._call("encode_prompt", prompts=list(prompts), encoders=encoders)
+    def sample_timesteps(self, model: DiffusionModel, step: int) -> NoiseDistribution:
+        """The distribution of the noise levels at this step."""
+
+        def check(answer: Any, plugin: Plugin | None) -> NoiseDistribution:
+            return results.check_distribution(answer)
+
+        return self._call("sample_timesteps", check, model=model, step=step)
+
+    def weight_loss(self, model: DiffusionModel, noise: NoiseLevels, step: int) -> np.ndarray:
+        """lambda, the weight on |D - z|^2 of each sample, float64 (G,)."""
+
+        def check(answer: Any, plugin: Plugin | None) -> np.ndarray:
+            return results.check_weights(answer, noise)
+
+        return self._call("weight_loss", check, model=model, noise=noise, step=step)
+
+    def encode_prompt(self, prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbedding:
+        """The embedding of the prompts."""
+
+        def check(answer: Any, plugin: Plugin | None) -> PromptEmbedding:
+            return results.check_embedding(answer, prompts, encoders)
+
+        return self._call("encode_prompt", check, prompts=list(prompts), encoders=encoders)
 
     def on_step_end(self, trainer: Any, result: Any) -> None:
         """Calls the plugins' observers in the order of --plugins, then the host's own."""
         arguments = {"trainer": trainer, "result": result}
-        # One by one, because pluggy would call the last registered first.
-        for implementation in self._manager.hook.on_step_end.get_hookimpls():
-            wanted = {name: arguments[name] for name in implementation.argnames}
-            try:
-                implementation.function(**wanted)
-            except Exception as error:
-                self._blame(implementation.plugin_name, "on_step_end", error)
-                raise
+        for link in self.links("on_step_end"):
+            with attributed(link.plugin, f"on_step_end: {link.name}"):
+                link.call(arguments)
         for observer in self._observers:
             observer.on_step_end(trainer=trainer, result=result)
 
@@ -128,22 +122,29 @@ class Hooks:
         """Sets the host's own observers of `on_step_end`."""
         self._observers = tuple(observers)
 
-    # ---- what is known of them
+    def links(self, hook: str) -> list[Link]:
+        """The implementations of a hook, in the order in which they answer."""
+        found = getattr(self._manager.hook, hook).get_hookimpls()
+        return [Link(each, self._by_name.get(each.plugin_name)) for each in found]
 
     def chain(self, hook: str) -> str:
-        """Who answers a hook, in order: `edm -> timestep_bias`."""
-        links = [self._claims.get(hook, "host")]
-        for name, roles in self._roles.items():
-            links += [name for role in roles if role == Implementation(hook, "adapts")]
-        return " -> ".join(links)
+        """Who answers a hook, in order: `snr -> timestep_bias`."""
+        return " -> ".join(link.name for link in self.links(hook))
+
+    def _call(
+        self, hook: str, check: Callable[[Any, Plugin | None], Answer], **arguments: Any
+    ) -> Answer:
+        return HookCall(hook, self.links(hook), check, arguments).answer()
+
+    # ---- what is known of the plugins
 
     def observing(self, hooks: Sequence[str]) -> list[tuple[Installed, str]]:
         """The plugins that observe steps and answer one of `hooks`, each with that hook."""
         found = []
         for plugin in self.plugins:
-            own = [role.hook for role in self._roles[plugin.name]]
-            answered = [hook for hook in hooks if hook in own]
-            if "on_step_end" in own and answered:
+            implemented = [role.hook for role in self._roles[plugin.name]]
+            answered = [hook for hook in hooks if hook in implemented]
+            if "on_step_end" in implemented and answered:
                 found.append((plugin.installed, answered[0]))
         return found
 
@@ -160,38 +161,58 @@ class Hooks:
             lines.append(f"{plugin.installed}: {does}")
         return lines
 
-    def notes(self, model: Any) -> list[str]:
-        """What the plugins have to say of their options at the start of a run.
+    def notes(self, model: DiffusionModel) -> list[str]:
+        """What the plugins say about their options at the start of a run.
 
-        A plugin's `notes` may name `model` and `distribution`, the one of step 1 after all
-        adapters, and takes what it names.
+        A plugin's `notes` names the arguments it wants: `model`, and `distribution`, which is that
+        of step 1 after all adapters.
         """
         lines = []
         for plugin in self.plugins:
             notes = getattr(plugin.instance, "notes", None)
             if notes is None:
                 continue
-            with self._blamed(plugin.name, "notes"):
-                named = inspect.signature(notes).parameters
-                given: dict[str, Any] = {"model": model} if "model" in named else {}
-                if "distribution" in named:
-                    given["distribution"] = self.sample_timesteps(model, 1)
+            named = inspect.signature(notes).parameters
+            given: dict[str, Any] = {"model": model} if "model" in named else {}
+            if "distribution" in named:
+                given["distribution"] = self.sample_timesteps(model, 1)
+            with attributed(plugin, f"notes: {plugin.name}"):
                 lines += [f"{plugin.name}: {line}" for line in notes(**given)]
         return lines
+
+    # ---- the plugins' state
+
+    def copy(self) -> Hooks:
+        """Hooks to ask outside a run's steps: each plugin's object is a copy, so that asking it
+        does not change the state that the run goes on with.
+
+        A copy, not a new object, because what `build_model` and `load_state_dict` left in the
+        object counts, and `build_model` is called once a run. An object that cannot be copied,
+        such as one that holds a file or a lock, is made anew from the plugin's options.
+        """
+        plugins = []
+        for plugin in self.plugins:
+            try:
+                instance = copy.deepcopy(plugin.instance)
+            except Exception:
+                cls = type(plugin.instance)
+                instance = make_instance(plugin.installed, cls, plugin.options)
+            plugins.append(Plugin(plugin.installed, plugin.options, instance))
+        return Hooks(self._defaults, plugins)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The state of every plugin that keeps one, by name."""
         states = {}
         for plugin in self.plugins:
             if hasattr(plugin.instance, "state_dict"):
-                with self._blamed(plugin.name, "state_dict"):
+                with attributed(plugin, f"state_dict: {plugin.name}"):
                     states[plugin.name] = plugin.instance.state_dict()
         return states
 
     def load_state_dict(
         self, states: Mapping[str, dict[str, Any]], is_lenient: bool = False
     ) -> list[str]:
-        """Gives each plugin back what its `state_dict` returned.
+        """Gives each plugin what its `state_dict` returned.
 
         is_lenient: a plugin without saved state begins anew, and a line returned says so.
         """
@@ -200,7 +221,7 @@ class Hooks:
             if not hasattr(plugin.instance, "load_state_dict"):
                 continue
             if plugin.name in states:
-                with self._blamed(plugin.name, "load_state_dict"):
+                with attributed(plugin, f"load_state_dict: {plugin.name}"):
                     plugin.instance.load_state_dict(states[plugin.name])
             elif is_lenient:
                 notes.append(f"the state of {plugin.installed} begins anew")
@@ -213,7 +234,8 @@ class Hooks:
 
     # ---- registration
 
-    def _find_claims(self) -> dict[str, str]:
+    def _find_claims(self) -> set[str]:
+        """The hooks that a plugin claims. Raises PluginError for one that two claim."""
         claims: dict[str, Plugin] = {}
         for plugin in self.plugins:
             for implementation in self._roles[plugin.name]:
@@ -225,161 +247,23 @@ class Hooks:
                         f"{implementation.hook} is claimed by two plugins, {first.installed} and "
                         f"{plugin.installed}; select one of them with --plugins"
                     )
-        return {hook: plugin.name for hook, plugin in claims.items()}
+        return set(claims)
 
-    def _call(self, hook: str, **arguments: Any) -> Any:
-        self._own_errors.clear()
-        try:
-            return getattr(self._manager.hook, hook)(**arguments)
-        except RuntimeError as error:
-            # pluggy's own word for a wrapper that yields twice; it passes by the guards.
-            if any(error is own for own in self._own_errors):
-                raise
-            raise _Attributed(
-                f"{hook}: {self.chain(hook)}: {error}; mend the plugin, or run without it"
-            ) from error
+    def _register(self, claimed: set[str]) -> pluggy.PluginManager:
+        """pluggy's register of the implementations, validated.
 
-    def _guard(self, plugin: Plugin | None, hooks: Sequence[str]) -> Any:
-        """A plugin of wrappers that check what `plugin` (None: the claims) made of each hook."""
-
-        def guarded(hook: str) -> Any:
-            def source() -> str:
-                return plugin.name if plugin else self._claims.get(hook, "host")
-
-            def check(result: Any, **arguments: Any) -> Any:
-                try:
-                    checked = CHECKS[hook](result, **arguments)
-                    return self._taken_over(checked, source()) if hook == "build_model" else checked
-                except (TypeError, ValueError) as error:
-                    self._blame(source(), hook, error, "returned")
-                    raise
-
-            return source, check
-
-        guards = {hook: _GUARDS[hook](*guarded(hook), self._blame) for hook in hooks}
-        return SimpleNamespace(**guards)
-
-    def _blame(self, name: str, hook: str, error: Exception, verb: str = "raised") -> None:
-        """Raises `error` again as one of the plugin `name`; returns where there is nothing to add:
-        it came from the host, or says already whose it is."""
-        if name == "host":
-            self._own_errors.append(error)
-        if isinstance(error, _Attributed) or any(error is own for own in self._own_errors):
-            return
-        plugin = next(p for p in self.plugins if p.name == name)
-        told = str(error)
-        if verb == "raised" and not isinstance(error, HostError):
-            told = f"{type(error).__name__}: {error}"
-        chain = self.chain(hook) if hook in _CLAIMABLE else plugin.name
-        raise _Attributed(
-            f"{hook}: {chain}: plugin {plugin.installed} {verb} {told}; mend the plugin, or run "
-            f"without it"
-        ) from error
-
-    @contextmanager
-    def _blamed(self, name: str, method: str) -> Iterator[None]:
-        """What is raised inside is the plugin's, in a method that is no hook."""
-        try:
-            yield
-        except Exception as error:
-            self._blame(name, method, error)
-            raise
-
-    def _attributed(self, model: Any, source: str) -> Any:
-        """The model; what `source` gave to `with_network` is blamed on it wherever it is called.
-
-        That of plugins before it is theirs already, which stands.
+        The host answers only where no plugin claims, so that a claim that answers None is an
+        error of that plugin and not silently replaced.
         """
-
-        def guarded(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any) -> Any:
-                with self._blamed(source, f"with_network: {part}"):
-                    return function(*arguments)
-
-            return call
-
-        changes = []
-        for change in model.changes:
-            given = {name: part for name, part in vars(change).items() if part is not None}
-            changes.append(replace(change, **{n: guarded(n, part) for n, part in given.items()}))
-        return replace(model, changes=tuple(changes)) if changes else model
-
-    def _taken_over(self, result: Any, source: str) -> Any:
-        """The model that `source` answered. Raises PluginError where it is the second to replace
-        the preconditioning."""
-        if self._preconditioning is None:
-            self._preconditioning = result.preconditioning
-            self._preconditioning_owner = None if source == "host" else source
-        elif result.preconditioning is not self._preconditioning:
-            if self._preconditioning_owner:
-                raise _Attributed(
-                    f"build_model: the plugins {self._preconditioning_owner} and {source} both "
-                    "replace the preconditioning; select one of them with --plugins"
-                )
-            self._preconditioning = result.preconditioning
-            self._preconditioning_owner = source
-        return self._attributed(result, source)
-
-
-# One wrapper a hook, because pluggy passes arguments by the names in the signature. Each awaits
-# what the links inside it answer and hands it, or its error, to the two functions it was given.
-
-
-def _guard_build_model(source: Any, check: Any, blame: Any) -> Any:
-    @hookimpl(wrapper=True)
-    def build_model(config: Any) -> Any:
-        try:
-            result = yield
-        except Exception as error:
-            blame(source(), "build_model", error)
-            raise
-        return check(result, config=config)
-
-    return build_model
-
-
-def _guard_sample_timesteps(source: Any, check: Any, blame: Any) -> Any:
-    @hookimpl(wrapper=True)
-    def sample_timesteps(model: Any, step: int) -> Any:
-        try:
-            result = yield
-        except Exception as error:
-            blame(source(), "sample_timesteps", error)
-            raise
-        return check(result, model=model, step=step)
-
-    return sample_timesteps
-
-
-def _guard_weight_loss(source: Any, check: Any, blame: Any) -> Any:
-    @hookimpl(wrapper=True)
-    def weight_loss(model: Any, noise: Any, step: int) -> Any:
-        try:
-            result = yield
-        except Exception as error:
-            blame(source(), "weight_loss", error)
-            raise
-        return check(result, model=model, noise=noise, step=step)
-
-    return weight_loss
-
-
-def _guard_encode_prompt(source: Any, check: Any, blame: Any) -> Any:
-    @hookimpl(wrapper=True)
-    def encode_prompt(prompts: Any, encoders: Any) -> Any:
-        try:
-            result = yield
-        except Exception as error:
-            blame(source(), "encode_prompt", error)
-            raise
-        return check(result, prompts=prompts, encoders=encoders)
-
-    return encode_prompt
-
-
-_GUARDS: dict[str, Any] = {
-    "build_model": _guard_build_model,
-    "sample_timesteps": _guard_sample_timesteps,
-    "weight_loss": _guard_weight_loss,
-    "encode_prompt": _guard_encode_prompt,
-}
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(hookspecs)
+        answers = {h: getattr(self._defaults, h, None) for h in HOOKS if h not in claimed}
+        host = SimpleNamespace(**{hook: answer for hook, answer in answers.items() if answer})
+        manager.register(host, name="host")
+        for plugin in self.plugins:
+            try:
+                manager.register(plugin.instance, name=plugin.name)
+            except (pluggy.PluginValidationError, ValueError) as error:
+                raise PluginError(f"plugin {plugin.installed}: {error}") from error
+        manager.check_pending()
+        return manager

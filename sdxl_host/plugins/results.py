@@ -1,4 +1,4 @@
-"""Checks of what a hook's implementations answer, each by the name of its hook.
+"""Checks of what the implementations of a hook answer.
 
 They return the answer, and raise TypeError or ValueError whose text ends the sentence "the plugin
 returned ...". Imports are late: a plugin may be registered where NumPy is not wanted.
@@ -6,7 +6,7 @@ returned ...". Imports are late: a plugin may be registered where NumPy is not w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from sdxl_host.diffusion.model import DiffusionModel
     from sdxl_host.diffusion.objective import NoiseLevels
 
-__all__ = ["CHECKS"]
+__all__ = ["check_distribution", "check_embedding", "check_model", "check_weights"]
 
 
-def _check_model(result: Any, config: Any) -> DiffusionModel:
+def check_model(result: Any) -> DiffusionModel:
+    """A DiffusionModel with a Preconditioning."""
     from sdxl_host.diffusion.model import DiffusionModel
     from sdxl_host.diffusion.preconditioning import Preconditioning
 
@@ -29,14 +30,16 @@ def _check_model(result: Any, config: Any) -> DiffusionModel:
     return result
 
 
-def _check_distribution(result: Any, model: Any, step: int) -> NoiseDistribution:
+def check_distribution(result: Any) -> NoiseDistribution:
+    """A NoiseDistribution."""
     from sdxl_host.diffusion.distributions import NoiseDistribution
 
     _expect(result, NoiseDistribution)
     return result
 
 
-def _check_weights(result: Any, model: Any, noise: NoiseLevels, step: int) -> np.ndarray:
+def check_weights(result: Any, noise: NoiseLevels) -> np.ndarray:
+    """Weights (G,), finite and not negative; returned as float64."""
     import numpy as np
 
     _expect(result, np.ndarray)
@@ -53,7 +56,8 @@ def _check_weights(result: Any, model: Any, noise: NoiseLevels, step: int) -> np
     return weights
 
 
-def _check_embedding(result: Any, prompts: Sequence[str], encoders: Any) -> PromptEmbedding:
+def check_embedding(result: Any, prompts: Sequence[str], encoders: Any) -> PromptEmbedding:
+    """An embedding of B prompts with the encoders' widths: finite, and attended somewhere."""
     import numpy as np
 
     from sdxl_host.diffusion.conditioning import PromptEmbedding
@@ -91,12 +95,3 @@ def _expect(result: Any, kind: type) -> None:
     if not isinstance(result, kind):
         given = "None" if result is None else f"a {type(result).__name__}"
         raise TypeError(f"{given}, not a {kind.__name__}")
-
-
-# Each takes the answer and the hook's own arguments.
-CHECKS: dict[str, Callable[..., Any]] = {
-    "build_model": _check_model,
-    "sample_timesteps": _check_distribution,
-    "weight_loss": _check_weights,
-    "encode_prompt": _check_embedding,
-}

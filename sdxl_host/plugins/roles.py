@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -95,21 +94,3 @@ def _check_marked(plugin: Installed, name: str, function: Any, marked: dict[str,
         raise PluginError(
             f"plugin {plugin}: {name} has a yield but is no wrapper; use @hookimpl(wrapper=True)"
         )
-    if marked["wrapper"] and not _returns_something(function):
-        raise PluginError(
-            f"plugin {plugin}: {name} is a wrapper that returns nothing; end it with "
-            "`return result`"
-        )
-
-
-def _returns_something(function: Any) -> bool:
-    """Whether any return statement of the function gives a value other than a bare None."""
-    previous: dis.Instruction | None = None
-    for instruction in dis.get_instructions(function):
-        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
-            return True
-        bare = previous is not None and previous.opname == "LOAD_CONST" and previous.argval is None
-        if instruction.opname == "RETURN_VALUE" and not bare:
-            return True
-        previous = instruction
-    return False

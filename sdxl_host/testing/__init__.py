@@ -1,4 +1,4 @@
-"""For the tests of plugins: a contract to subclass, runs of seconds, and a model of numbers alone.
+"""For the tests of plugins: a contract to subclass, runs of seconds, and hooks of numbers alone.
 
     from sdxl_host.testing import PluginContract
 
@@ -16,24 +16,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdxl_host.diffusion.objective import coefficients, denoise
+    from sdxl_host.errors import HostError
+    from sdxl_host.sampling.samplers import SAMPLERS, sample
     from sdxl_host.testing.contract import PluginContract
-    from sdxl_host.testing.parts import noise_levels, tiny_encoders, tiny_model
+    from sdxl_host.testing.hooks import TinyHooks, make_options, tiny_hooks
+    from sdxl_host.testing.parts import noise_levels, sampling_sigmas, tiny_encoders, tiny_model
     from sdxl_host.testing.runs import TinyRun, tiny_run
 
 _HOME = {
+    "HostError": "sdxl_host.errors",
     "PluginContract": "sdxl_host.testing.contract",
+    "SAMPLERS": "sdxl_host.sampling.samplers",
+    "TinyHooks": "sdxl_host.testing.hooks",
     "TinyRun": "sdxl_host.testing.runs",
+    "coefficients": "sdxl_host.diffusion.objective",
+    "denoise": "sdxl_host.diffusion.objective",
+    "make_options": "sdxl_host.testing.hooks",
     "noise_levels": "sdxl_host.testing.parts",
+    "sample": "sdxl_host.sampling.samplers",
+    "sampling_sigmas": "sdxl_host.testing.parts",
     "tiny_encoders": "sdxl_host.testing.parts",
+    "tiny_hooks": "sdxl_host.testing.hooks",
     "tiny_model": "sdxl_host.testing.parts",
     "tiny_run": "sdxl_host.testing.runs",
 }
 
 __all__ = [
+    "SAMPLERS",
+    "HostError",
     "PluginContract",
+    "TinyHooks",
     "TinyRun",
+    "coefficients",
+    "denoise",
+    "make_options",
     "noise_levels",
+    "sample",
+    "sampling_sigmas",
     "tiny_encoders",
+    "tiny_hooks",
     "tiny_model",
     "tiny_run",
 ]

@@ -356,7 +356,9 @@ def _weights(
         weights = hooks.weight_loss(model, noise, step)
     finally:
         for call in watch.calls.get("weight_loss", []):
-            _check_weights(subject, call.result, noise)
+            # Of a wrapper that returns nothing the host's own message says more.
+            if call.result is not None or subject.roles["weight_loss"] == "claims":
+                _check_weights(subject, call.result, noise)
     _check_weights(subject, weights, noise)
     return weights
 

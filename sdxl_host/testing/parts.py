@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -10,11 +10,12 @@ from sdxl_host.diffusion.conditioning import TextEncoders
 from sdxl_host.diffusion.distributions import DiscreteDistribution
 from sdxl_host.diffusion.model import DiffusionModel, Lazy, SamplingDefaults
 from sdxl_host.diffusion.objective import NoiseLevels
-from sdxl_host.diffusion.preconditioning import EpsPreconditioning
+from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
 from sdxl_host.diffusion.schedule import NoiseSchedule
 from sdxl_host.errors import HostError
+from sdxl_host.sampling import samplers
 
-__all__ = ["TinyEncoder", "noise_levels", "tiny_encoders", "tiny_model"]
+__all__ = ["TinyEncoder", "noise_levels", "sampling_sigmas", "tiny_encoders", "tiny_model"]
 
 _VOCABULARY = 900  # ids of words; the special tokens lie above
 
@@ -57,15 +58,17 @@ def tiny_encoders() -> TextEncoders:
     )
 
 
-def tiny_model() -> DiffusionModel:
-    """SDXL's own objective (eps, 1000 timesteps drawn evenly) with `tiny_encoders` and no network.
+def tiny_model(prediction: Literal["eps", "v"] = "eps") -> DiffusionModel:
+    """SDXL's own objective (1000 timesteps drawn evenly) with `tiny_encoders` and no network.
 
-    Reading a part that would be a MindSpore cell raises HostError.
+    prediction: what the network predicts, SDXL's "eps" or "v". Reading a part that would be a
+    MindSpore cell raises HostError.
     """
+    kind = {"eps": EpsPreconditioning, "v": VPreconditioning}[prediction]
     schedule = NoiseSchedule.scaled_linear()
     low, high = schedule.sigmas[[0, -1]]
     return DiffusionModel(
-        preconditioning=EpsPreconditioning(schedule),
+        preconditioning=kind(schedule),
         schedule=schedule,
         sampling=SamplingDefaults("trailing", float(low), float(high)),
         distribution=DiscreteDistribution(schedule),
@@ -89,3 +92,8 @@ def noise_levels(count: int = 161) -> NoiseLevels:
     model = tiny_model()
     sigma = np.logspace(-2.0, 2.0, count)  # SNR = 1 / sigma^2
     return NoiseLevels.at(sigma, model.schedule, model.distribution)
+
+
+def sampling_sigmas(model: DiffusionModel, steps: int) -> np.ndarray:
+    """(steps + 1,): the noise levels that `model` is sampled at in `steps` steps, then 0."""
+    return samplers.noise_levels(model.sampling, model.schedule, steps)

@@ -50,6 +50,17 @@ class TinyRun:
 
         return read_arrays(self.checkpoint / "network.safetensors")
 
+    def network(self, precision: str = "O0") -> tuple[Any, dict[str, Any]]:
+        """The network of the last checkpoint with what plugins changed in it, a MindSpore cell, and
+        its parameters by name. precision: that it computes with, as of --ms_amp_level."""
+        from sdxl_host.models.precision import apply_precision
+        from sdxl_host.sampling.load import restore_sampler
+        from sdxl_host.weights.names import single_file_parameters
+
+        network = restore_sampler(self.checkpoint)[0].model.network
+        apply_precision(network, precision)
+        return network, single_file_parameters(network, "model.diffusion_model.")
+
 
 @contextmanager
 def only(names: Sequence[str]) -> Iterator[None]:

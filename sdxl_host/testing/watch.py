@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
+from sdxl_host.hookspecs import HOOKS
 from sdxl_host.plugins.hooks import Hooks
 
 __all__ = ["Call", "Watch"]
@@ -27,13 +28,12 @@ class Watch:
 
     def __init__(self, hooks: Hooks, name: str) -> None:
         self.calls: dict[str, list[Call]] = {}
-        manager = hooks._manager
-        for caller in manager.get_hookcallers(manager.get_plugin(name)) or []:
-            for implementation in caller.get_hookimpls():
-                if implementation.plugin_name == name:
-                    seen = self.calls.setdefault(caller.name, [])
-                    watched = _adapter if implementation.wrapper else _plain
-                    implementation.function = watched(implementation.function, seen)
+        for hook in HOOKS:
+            for link in hooks.links(hook):
+                if link.name == name:
+                    seen = self.calls.setdefault(hook, [])
+                    watched = _adapter if link.implementation.wrapper else _plain
+                    link.implementation.function = watched(link.implementation.function, seen)
 
     def microseconds(self) -> dict[str, float]:
         """The median time of a call, by hook."""
@@ -45,9 +45,9 @@ class Watch:
 
 
 def _plain(function: Callable[..., Any], seen: list[Call]) -> Callable[..., Any]:
-    def watched(*arguments: Any, **named: Any) -> Any:
+    def watched(**arguments: Any) -> Any:
         started = time.perf_counter()
-        result = function(*arguments, **named)
+        result = function(**arguments)
         seen.append(Call(time.perf_counter() - started, result))
         return result
 
@@ -55,14 +55,14 @@ def _plain(function: Callable[..., Any], seen: list[Call]) -> Callable[..., Any]
 
 
 def _adapter(function: Callable[..., Any], seen: list[Call]) -> Callable[..., Any]:
-    def watched(*arguments: Any) -> Any:
-        return _Adapter(function(*arguments), seen)
+    def watched(**arguments: Any) -> Any:
+        return _Adapter(function(**arguments), seen)
 
     return watched
 
 
 class _Adapter:
-    """A generator with a clock: what pluggy asks of a wrapper goes on to it."""
+    """A wrapper's generator with a clock."""
 
     def __init__(self, inner: Generator[Any, Any, Any], seen: list[Call]) -> None:
         self._inner = inner
@@ -77,12 +77,6 @@ class _Adapter:
 
     def throw(self, error: BaseException) -> Any:
         return self._timed(lambda: self._inner.throw(error))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
 
     def _timed(self, ask: Callable[[], Any]) -> Any:
         started = time.perf_counter()

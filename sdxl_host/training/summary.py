@@ -15,10 +15,11 @@ from sdxl_host.checkpoints.write import package_versions
 from sdxl_host.config.load import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.device import on_ascend
+from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.models.attention import attention_in_use
 from sdxl_host.models.precision import half_notes, is_half, precision_line
 from sdxl_host.planning import curves
-from sdxl_host.plugins.hooks import make_hooks
+from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.settings.schema import TrainSettings
 from sdxl_host.training.optimizer import Optimizer
 from sdxl_host.weights.networks import weight_lines
@@ -67,16 +68,17 @@ def record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def plugin_lines(config: RunConfig, checkpoint: Checkpoint | None) -> tuple[list[str], list[str]]:
+def plugin_lines(
+    asked: Hooks, model: DiffusionModel, config: RunConfig, checkpoint: Checkpoint | None
+) -> tuple[list[str], list[str]]:
     """Where the run learns, without its plugins and with them; and the plugins' own notes.
 
-    Of hooks of their own: asking a plugin that keeps state must not disturb the run's.
+    asked: a copy of the run's hooks, because asking a plugin may change its state.
     """
-    asked = make_hooks(config.plugins)
     if checkpoint is not None:
         asked.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
-    learned = curves.start_lines(*curves.curves(asked, config.tree))
-    return learned, asked.notes(asked.build_model(config.tree))
+    learned = curves.start_lines(*curves.curves(asked, model, config.tree))
+    return learned, asked.notes(model)
 
 
 def compute_lines(network: Any, settings: TrainSettings) -> list[str]:

@@ -104,6 +104,8 @@ class Trainer:
         )
         self.hooks = make_hooks(config.plugins)
         self.model = self.hooks.build_model(config.tree)
+        # Copied before the networks exist, of which a plugin may keep parts.
+        asked = self.hooks.copy()
         side = self.dataset.target_size
         check_fit(self.model, (side, side), "data.dataset_config.params.target_size")
         if settings.data_sink:
@@ -153,7 +155,9 @@ class Trainer:
         self._eager = settings.ms_mode == 1
         self._run_step = StepRunner(self.cell, self.table, self._eager, settings.jit_level)
         self._sampler: ImageSampler | None = None
-        self.curve_lines, self.plugin_notes = summary.plugin_lines(config, checkpoint)
+        self.curve_lines, self.plugin_notes = summary.plugin_lines(
+            asked, self.model, config, checkpoint
+        )
         for line in summary.start_lines(self, optimizer, checkpoint, changes, source):
             self._say(line)
 

@@ -579,7 +579,8 @@ def test_the_table_of_numbers_is_the_curves(device: str, here: Path) -> None:
     with open(here / "new" / "folder" / "curves.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     config = load(["--config", TINY, *words])
-    before, after = curves(make_hooks(config.plugins), config.tree)
+    hooks = make_hooks(config.plugins)
+    before, after = curves(hooks, hooks.build_model(config.tree), config.tree)
     assert [int(row["timestep"]) for row in rows] == list(range(1000))
     for name, values in (
         ("sigma", after.sigma), ("p_before", before.p), ("w_before", before.w),

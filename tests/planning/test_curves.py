@@ -44,7 +44,8 @@ def read(*words: str) -> RunConfig:
 def both(*words: str) -> tuple[Curve, Curve]:
     """The curves without plugins and with them."""
     config = read(*words)
-    return curves(make_hooks(config.plugins), config.tree)
+    hooks = make_hooks(config.plugins)
+    return curves(hooks, hooks.build_model(config.tree), config.tree)
 
 
 def active(*words: str) -> NoiseDistribution:
@@ -268,10 +269,11 @@ def test_each_hook_is_called_once_and_a_restored_state_is_used(site) -> None:
     site.add("count", source=COUNTING)
     config = read("--plugins", "count")
     running = make_hooks(config.plugins)
-    rehearsal = make_hooks(config.plugins)
-    rehearsal.load_state_dict({"count": {"factor": 7.0}})
-    before, after = curves(rehearsal, config.tree)
-    calls = rehearsal.plugins[0].instance.calls
+    model = running.build_model(config.tree)
+    asked = running.copy()
+    asked.load_state_dict({"count": {"factor": 7.0}})
+    before, after = curves(asked, model, config.tree)
+    calls = asked.plugins[0].instance.calls
     assert [call[:2] for call in calls] == [("sample_timesteps", 1), ("weight_loss", 1)]
     assert calls[1][2] == (1000,)
     assert calls[1][3].schedule is not None

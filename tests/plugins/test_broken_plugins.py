@@ -201,7 +201,7 @@ KINDS = {
         written("@hookimpl(tryfirst=True)\ndef weight_loss(self, noise): return noise.snr"),
     ),
     "wrapper_without_return": Broken(
-        "hooks",
+        "weight_loss",
         "weight_loss is a wrapper that returns nothing",
         written("@hookimpl(wrapper=True)\ndef weight_loss(self, noise): weights = yield"),
     ),

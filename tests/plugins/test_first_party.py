@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sdxl_host import testing
 from sdxl_host.plugins.discovery import GROUP, Installed, fitting
 from sdxl_host.plugins.roles import implementations
 from sdxl_host.settings.options import describe
 
-PLUGINS = Path(__file__).parents[2] / "plugins"
+ROOT = Path(__file__).parents[2]
+PLUGINS = ROOT / "plugins"
 FOLDERS = sorted(PLUGINS.glob("sdxl_*"))
 NAMES = ["edm", "lpw", "snr", "timestep_bias"]
 ROLES = {
@@ -78,10 +80,24 @@ def test_every_option_has_a_default_and_help_and_stands_in_the_readme(
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
 def test_only_public_names_of_the_host_are_imported(
-    folder: Path, hidden_imports: Callable[[Path], list[str]]
+    folder: Path, hidden_imports: Callable[..., list[str]]
 ) -> None:
     for path in sorted((folder / folder.name).glob("*.py")):
         assert hidden_imports(path) == []
+
+
+TESTED = [*FOLDERS, *sorted(ROOT.glob("examples/plugins/*/")), ROOT / "sdxl_host/templates/plugin"]
+
+
+@pytest.mark.parametrize("folder", TESTED, ids=lambda folder: folder.name)
+def test_a_plugins_tests_import_public_names_alone(
+    folder: Path, hidden_imports: Callable[..., list[str]]
+) -> None:
+    """Those of `sdxl_host` and of `sdxl_host.testing`, as the tests of any other plugin must."""
+    files = sorted((folder / "tests").glob("*.py"))
+    assert files
+    for path in files:
+        assert hidden_imports(path, testing) == [], path
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
@@ -95,33 +111,19 @@ def test_a_plugin_stays_small_enough_to_copy(
 
 def test_all_four_go_together() -> None:
     """edm's draws are biased, and snr's weight is corrected for it."""
-    import numpy as np
-
-    from sdxl_host import NoiseLevels, NoiseSchedule
-    from sdxl_host.plugins.hooks import Hooks, Plugin
-
-    schedule = NoiseSchedule.scaled_linear()
-    values = {
-        "timestep_bias": {"strategy": "later", "multiplier": 2.0, "importance_correction": True}
-    }
-    plugins = []
-    for name in ("edm", "snr", "timestep_bias", "lpw"):
-        cls: Any = plugin_class(name)
-        options = cls.Options(**values.get(name, {}))
-        installed = Installed(name, f"sdxl-{name}", "0.1.0", None, "", "")
-        plugins.append(Plugin(installed, options, cls(options)))
-    hooks = Hooks(object(), plugins)
+    values = {"strategy": "later", "multiplier": 2.0, "importance_correction": True}
+    chosen = [("edm", {}), ("snr", {}), ("timestep_bias", values), ("lpw", {})]
+    classes = [(plugin_class(name), options) for name, options in chosen]
+    hooks = testing.tiny_hooks(*(cls(testing.make_options(cls, o)) for cls, o in classes))
     assert hooks.chain("sample_timesteps") == "edm -> timestep_bias"
     assert hooks.chain("weight_loss") == "snr -> timestep_bias"
     assert hooks.chain("encode_prompt") == "lpw"
 
-    model: Any = SimpleNamespace(schedule=schedule)
-    distribution = hooks.sample_timesteps(model=model, step=1)
-    assert hooks.sample_timesteps(model=model, step=2) is distribution
+    schedule, distribution = hooks.build_model().schedule, hooks.sample_timesteps(step=1)
+    assert hooks.sample_timesteps(step=2) is distribution
     assert 1 - distribution.cdf(schedule.edges[750]) == pytest.approx(0.0293, abs=5e-5)
 
-    noise = NoiseLevels.at(np.array([0.1, 1.0, 20.0]), schedule, distribution)
-    weights = hooks.weight_loss(model=model, noise=noise, step=1)
+    weights = hooks.weight_loss(hooks.noise_at(np.array([0.1, 1.0, 20.0])))
     total = distribution.expect(lambda s: 1 / np.where(s >= schedule.edges[750], 2.0, 1.0))
     ratio = np.array([1.0, 1.0, 2.0]) * total  # E_q[1 / w] = 1 / Z
     np.testing.assert_allclose(weights, np.array([5.0, 1.0, 1 / 400]) / ratio, rtol=1e-4)

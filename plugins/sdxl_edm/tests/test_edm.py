@@ -2,85 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from sdxl_host import (
-    DiffusionModel,
-    DiscreteDistribution,
-    NoiseSchedule,
-    SamplingDefaults,
-    hookimpl,
+from sdxl_host import DiffusionModel, NoiseSchedule, PluginError, SamplingDefaults
+from sdxl_host.testing import (
+    HostError,
+    TinyHooks,
+    coefficients,
+    make_options,
+    tiny_hooks,
+    tiny_model,
 )
-from sdxl_host.diffusion.model import Lazy
-from sdxl_host.diffusion.objective import coefficients
-from sdxl_host.diffusion.preconditioning import (
-    EpsPreconditioning,
-    Preconditioning,
-    VPreconditioning,
-)
-from sdxl_host.errors import ConfigError, PluginError
-from sdxl_host.plugins.discovery import Installed
-from sdxl_host.plugins.hooks import Hooks, Plugin
-from sdxl_host.settings.options import build_options
 
 from sdxl_edm import EDM, EDMPreconditioning, LogNormal, Options
-from sdxl_edm.targets import options as options_of
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SIGMA = np.logspace(-4, 4, 161)  # SNR from 1e8 to 1e-8
 
 
-def plain_model(preconditioning: Preconditioning | None = None) -> DiffusionModel:
-    def never() -> Any:
-        raise AssertionError("no network is needed here")
-
-    return DiffusionModel(
-        preconditioning=preconditioning or EpsPreconditioning(SCHEDULE),
-        schedule=SCHEDULE,
-        sampling=SamplingDefaults("trailing", SCHEDULE.sigmas[0], SCHEDULE.sigmas[-1]),
-        distribution=DiscreteDistribution(SCHEDULE),
-        offset_noise_level=0.0,
-        **{part.name: Lazy(never) for part in fields(DiffusionModel) if "_part" in part.name},
-    )
+def run(options: Options | None = None, model: DiffusionModel | None = None) -> TinyHooks:
+    return tiny_hooks(EDM(options or Options()), model=model)
 
 
-class Defaults:
-    """Stands in for the host's own answers."""
-
-    def __init__(self, model: DiffusionModel) -> None:
-        self.model = model
-
-    @hookimpl
-    def build_model(self) -> DiffusionModel:
-        return self.model
-
-    @hookimpl
-    def sample_timesteps(self, model: DiffusionModel) -> Any:
-        return model.distribution
-
-    @hookimpl
-    def weight_loss(self, model: DiffusionModel, noise: Any) -> np.ndarray:
-        return model.preconditioning.loss_weight(noise.sigma)
-
-
-def run(options: Options | None = None, model: DiffusionModel | None = None) -> Hooks:
-    options = options or Options()
-    installed = Installed("edm", "sdxl-edm", "0.1.0", None, "sdxl_edm", "EDM")
-    return Hooks(Defaults(model or plain_model()), [Plugin(installed, options, EDM(options))])
-
-
-def own_weights(hooks: Hooks, sigma: np.ndarray) -> np.ndarray:
+def own_weights(hooks: TinyHooks, sigma: np.ndarray) -> np.ndarray:
     """The factor on the network's own squared error, which the hooks come to."""
-    model = hooks.build_model(config=None)
-    noise: Any = SimpleNamespace(sigma=sigma)
-    weights = hooks.weight_loss(model=model, noise=noise, step=1)
-    return coefficients(model.preconditioning, sigma, weights).w
+    weights = hooks.weight_loss(hooks.noise_at(sigma))
+    return coefficients(hooks.build_model().preconditioning, sigma, weights).w
 
 
 # ---- preconditioning
@@ -121,9 +72,8 @@ def test_the_loss_is_that_of_the_paper_s_code(sd: float) -> None:
         return np.tanh(x + c_noise) - 0.3 * x * c_noise
 
     hooks = run(Options(sigma_data=sd))
-    model = hooks.build_model(config=None)
-    noise: Any = SimpleNamespace(sigma=sigma[:, 0])
-    weights = hooks.weight_loss(model=model, noise=noise, step=1)
+    model = hooks.build_model()
+    weights = hooks.weight_loss(hooks.noise_at(sigma[:, 0]))
     six = coefficients(model.preconditioning, sigma[:, 0], weights)
     p, q, a, b, c_noise = (x[:, None] for x in (six.p, six.q, six.a, six.b, six.c_noise))
     error = network(p * z + q * n, c_noise) - (a * z + b * n)
@@ -179,7 +129,7 @@ def test_the_scheduler_is_diffusers_edm_euler_with_our_numbers() -> None:
         "rho": 7.0,
         "final_sigmas_type": "zero",
     }
-    sampling = run().build_model(config=None).sampling
+    sampling = run().build_model().sampling
     assert (sampling.sigma_min, sampling.sigma_max) == (config["sigma_min"], config["sigma_max"])
 
 
@@ -251,9 +201,8 @@ def test_unrestricted_is_the_same_to_the_bit() -> None:
 
 def test_a_restriction_that_leaves_nothing_is_refused() -> None:
     hooks = run(Options(parametrization="native", p_mean=-10.0))
-    model = hooks.build_model(config=None)
     with pytest.raises(PluginError, match=r"p_mean -10 and p_std 1\.2 leave .* 0\.02917 to 14\.61"):
-        hooks.sample_timesteps(model=model, step=1)
+        hooks.sample_timesteps(step=1)
     LogNormal(SCHEDULE, -100.0, 1.2)
 
 
@@ -295,8 +244,8 @@ def test_a_constant_beside_a_preset_must_be_its_own(preset: Any, name: str) -> N
     other = {"paper": 0.7, "sdxl": Options().constants()[name]}[preset]
     assert Options(preset=preset, **{name: own[name]}).constants() == own
     values = {"preset": preset, name: other}
-    with pytest.raises(ConfigError, match=rf"plugins\.edm: {name} is {own[name]} in the preset"):
-        build_options(Options, values, "plugins.edm")
+    with pytest.raises(HostError, match=rf"plugins\.edm: {name} is {own[name]} in the preset"):
+        make_options(EDM, values)
 
 
 @pytest.mark.parametrize(
@@ -316,33 +265,32 @@ def test_min_snr_with_gamma_5_shrinks_the_loss_by_a_known_factor(
 
 
 def test_it_replaces_preconditioning_and_sampling_and_nothing_else() -> None:
-    model = run().build_model(config=None)
+    plain = tiny_model()
+    model = run(model=plain).build_model()
     assert model.preconditioning.name == "edm"
     assert model.sampling == SamplingDefaults(
         "karras", sigma_min=0.002, sigma_max=80.0, sampler="heun"
     )
-    assert model.schedule is SCHEDULE
+    assert model.schedule is plain.schedule
     assert model.changes == ()
 
 
 def test_it_claims_the_noise_levels_and_hands_out_one_object() -> None:
     hooks = run()
-    model = hooks.build_model(config=None)
-    first = hooks.sample_timesteps(model=model, step=1)
+    model = hooks.build_model()
+    first = hooks.sample_timesteps(step=1)
     assert isinstance(first, LogNormal)
     assert first.schedule is model.schedule
-    assert hooks.sample_timesteps(model=model, step=2) is first
+    assert hooks.sample_timesteps(step=2) is first
     assert hooks.chain("sample_timesteps") == "edm"
-    other: Any = SimpleNamespace(schedule=NoiseSchedule.scaled_linear(num_timesteps=10))
-    assert hooks.sample_timesteps(model=other, step=3).schedule is other.schedule
+    plugin, few = EDM(Options()), NoiseSchedule.scaled_linear(num_timesteps=10)
+    for other in (model, replace(model, schedule=few)):
+        assert plugin.sample_timesteps(other).schedule is other.schedule
 
 
 def test_its_loss_weight_comes_through_the_host_s_default() -> None:
-    hooks = run()
-    model = hooks.build_model(config=None)
-    noise: Any = SimpleNamespace(sigma=np.array([0.1, 1.0, 10.0]))
-    weight = hooks.weight_loss(model=model, noise=noise, step=1)
-    s = noise.sigma
+    hooks, s = run(), np.array([0.1, 1.0, 10.0])
+    weight = hooks.weight_loss(hooks.noise_at(s))
     np.testing.assert_allclose(weight, (s**2 + 0.25) / (s * 0.5) ** 2, rtol=1e-14)
     assert hooks.chain("weight_loss") == "host"
 
@@ -350,8 +298,8 @@ def test_its_loss_weight_comes_through_the_host_s_default() -> None:
 def test_every_option_has_an_effect() -> None:
     def result(**options: Any) -> tuple[float, float, float, float]:
         hooks = run(Options(**options))
-        model = hooks.build_model(config=None)
-        draws = hooks.sample_timesteps(model=model, step=1).quantile(np.array([0.3, 0.5]))
+        model = hooks.build_model()
+        draws = hooks.sample_timesteps(step=1).quantile(np.array([0.3, 0.5]))
         skip = model.preconditioning.c_skip(np.array(1.0))
         weight = round(own_weights(hooks, np.array([2.0]))[0], 12)
         return float(skip), *draws, weight
@@ -377,7 +325,7 @@ def test_every_option_has_an_effect() -> None:
 
 def test_notes_warn_of_what_pretrained_weights_make_of_c_noise() -> None:
     hooks = run()
-    (line,) = hooks.notes(hooks.build_model(config=None))
+    (line,) = hooks.notes()
     assert line.startswith("edm: ")
     assert "timesteps 0 to 999" in line
     central = LogNormal(SCHEDULE, -1.2, 1.2).quantile(np.array([0.001, 0.5, 0.999]))
@@ -386,8 +334,7 @@ def test_notes_warn_of_what_pretrained_weights_make_of_c_noise() -> None:
 
 def test_notes_name_options_without_effect() -> None:
     def notes(**options: Any) -> list[str]:
-        hooks = run(Options(**options))
-        return hooks.notes(hooks.build_model(config=None))
+        return run(Options(**options)).notes()
 
     assert notes(weighting="edm")[1:] == [
         "edm: weighting edm has no effect with parametrization edm"
@@ -408,13 +355,13 @@ def test_notes_name_options_without_effect() -> None:
 # ---- the native parametrisation
 
 
-@pytest.mark.parametrize("kind", [EpsPreconditioning, VPreconditioning])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("weighting", ["own", "edm"])
-def test_native_keeps_the_configured_preconditioning(kind: Any, weighting: Any) -> None:
-    configured = kind(SCHEDULE)
-    plain = plain_model(configured)
+def test_native_keeps_the_configured_preconditioning(prediction: Any, weighting: Any) -> None:
+    plain = tiny_model(prediction)
+    configured, weight_before = plain.preconditioning, plain.preconditioning.loss_weight(SIGMA)
     hooks = run(Options(parametrization="native", weighting=weighting), plain)
-    model = hooks.build_model(config=None)
+    model = hooks.build_model()
     assert model.sampling == plain.sampling
     ours = model.preconditioning
     assert ours.name == configured.name
@@ -424,14 +371,14 @@ def test_native_keeps_the_configured_preconditioning(kind: Any, weighting: Any) 
     if weighting == "own":
         assert model is plain
     # The configured object is left as it was.
-    assert configured.loss_weight(np.array([2.0])) == kind(SCHEDULE).loss_weight(np.array([2.0]))
+    assert np.array_equal(configured.loss_weight(SIGMA), weight_before)
 
 
 def test_native_draws_from_the_schedule_s_range_alone() -> None:
     hooks = run(Options(parametrization="native"))
-    model = hooks.build_model(config=None)
-    drawn = hooks.sample_timesteps(model=model, step=1)
-    assert hooks.sample_timesteps(model=model, step=2) is drawn
+    model = hooks.build_model()
+    drawn = hooks.sample_timesteps(step=1)
+    assert hooks.sample_timesteps(step=2) is drawn
     ends = drawn.quantile(np.array([1e-12, 1 - 1e-12]))
     np.testing.assert_allclose(ends, SCHEDULE.sigmas[[0, -1]], rtol=1e-7)
     timestep = model.preconditioning.c_noise(drawn.quantile((np.arange(9999) + 0.5) / 9999))
@@ -444,7 +391,7 @@ def test_native_draws_from_the_schedule_s_range_alone() -> None:
 def test_edm_s_weight_on_native_eps() -> None:
     """w = 1 + (s / sd)^2; the figures of 200,000 evenly spaced draws with the paper's constants."""
     hooks = run(Options(parametrization="native", weighting="edm"))
-    drawn = hooks.sample_timesteps(model=hooks.build_model(config=None), step=1)
+    drawn = hooks.sample_timesteps()
     sigma = drawn.quantile((np.arange(200_000) + 0.5) / 200_000)
     weights = own_weights(hooks, sigma)
     np.testing.assert_allclose(weights, 1 + (sigma / 0.5) ** 2, rtol=1e-12)
@@ -452,164 +399,27 @@ def test_edm_s_weight_on_native_eps() -> None:
     assert weights.max() == pytest.approx(853, abs=0.5)
     heaviest = np.sort(weights)[-2000:]
     assert heaviest.sum() / weights.sum() == pytest.approx(0.35, abs=5e-3)
-    (line,) = hooks.notes(hooks.build_model(config=None))
+    (line,) = hooks.notes()
     assert line.startswith("edm: warning: ")
     assert "(eps) weighs 6.3 on average and up to 855," in line
 
 
 def test_edm_s_weight_on_native_v() -> None:
     """lambda * c_out^2 = (s^2 + sd^2) / (sd^2 * (s^2 + 1))."""
-    hooks = run(
-        Options(parametrization="native", weighting="edm"), plain_model(VPreconditioning(SCHEDULE))
-    )
+    hooks = run(Options(parametrization="native", weighting="edm"), tiny_model("v"))
     expected = (SIGMA**2 + 0.25) / (0.25 * (SIGMA**2 + 1))
     np.testing.assert_allclose(own_weights(hooks, SIGMA), expected, rtol=1e-12)
-
-
-# ---- the names of old configs
-
-Part = tuple[str, dict[str, Any]]
-EPS, V = ("EpsScaling", {}), ("VScaling", {})
-SCALING: Part = ("EDMScaling", {"sigma_data": 0.7})
-WEIGHTING: Part = ("EDMWeighting", {"sigma_data": 0.7})
-SAMPLING: Part = ("EDMSampling", {"p_mean": -1.0, "p_std": 1.3})
-
-
-def parts(
-    scaling: Part | None = None, weighting: Part | None = None, sampler: Part | None = None
-) -> dict[str, Part]:
-    given = {"scaling": scaling, "weighting": weighting, "sigma_sampler": sampler}
-    return {slot: part for slot, part in given.items() if part is not None}
-
-
-NOISE = {"p_mean": -1.0, "p_std": 1.3}
-MEANT = [
-    (parts(SCALING, WEIGHTING, SAMPLING), ("edm", "own", {"sigma_data": 0.7, **NOISE})),
-    (parts(EPS, ("EpsWeighting", {}), SAMPLING), ("native", "own", NOISE)),
-    (parts(V, ("VWeighting", {}), SAMPLING), ("native", "own", NOISE)),
-    (parts(EPS, WEIGHTING, SAMPLING), ("native", "edm", {"sigma_data": 0.7, **NOISE})),
-    (parts(V, WEIGHTING, SAMPLING), ("native", "edm", {"sigma_data": 0.7, **NOISE})),
-    # What the config leaves out is the host's own.
-    (parts(None, None, SAMPLING), ("native", "own", NOISE)),
-    (parts(None, WEIGHTING, SAMPLING), ("native", "edm", {"sigma_data": 0.7, **NOISE})),
-    # Params that are not stated are the paper's, and so are the plugin's.
-    (parts(("EDMScaling", {}), ("EDMWeighting", {}), ("EDMSampling", {})), ("edm", "own", {})),
-    (
-        parts(("EDMScaling", {"sigma_data": 0.5}), ("EDMWeighting", {}), ("EDMSampling", {})),
-        ("edm", "own", {"sigma_data": 0.5}),
-    ),
-]
-
-
-@pytest.mark.parametrize(("given", "meant"), MEANT)
-def test_the_combinations_that_exist(
-    given: dict[str, Part], meant: tuple[str, str, dict[str, float]]
-) -> None:
-    parametrization, weighting, constants = meant
-    denoiser: Part = ("Denoiser", {"weighting": "the host's business"})
-    for whole in (given, {"denoiser": denoiser, **given}):
-        values = options_of(whole)
-        assert values == {"parametrization": parametrization, "weighting": weighting, **constants}
-    built = build_options(Options, values, "plugins.edm")
-    assert built.constants() == Options().constants() | constants
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        parts(SCALING, ("EpsWeighting", {}), SAMPLING),
-        parts(SCALING, ("UnitWeighting", {}), SAMPLING),
-        parts(SCALING, WEIGHTING, ("DiscreteSampling", {})),
-        parts(SCALING, WEIGHTING),
-        parts(SCALING),
-        parts(None, WEIGHTING),
-        parts(V, ("EpsWeighting", {}), SAMPLING),
-        parts(EPS, ("VWeighting", {}), SAMPLING),
-        parts(EPS, ("UnitWeighting", {}), SAMPLING),
-        parts(V, None, SAMPLING),
-    ],
-)
-def test_other_combinations_are_refused_with_those_that_exist(given: dict[str, Part]) -> None:
-    with pytest.raises(PluginError) as refused:
-        options_of(given)
-    told = str(refused.value)
-    assert told.startswith(" + ".join([given.get("scaling", EPS)[0], ""]))
-    for combination, _ in MEANT[:5]:
-        assert " + ".join(name for name, _ in combination.values()) in told
-
-
-def test_two_sigma_data_are_refused() -> None:
-    other = ("EDMWeighting", {"sigma_data": 1.0})
-    with pytest.raises(PluginError, match=r"sigma_data: 0\.7 in EDMScaling, 1\.0 in EDMWeighting"):
-        options_of(parts(SCALING, other, SAMPLING))
-    # One that is not stated is the paper's 0.5.
-    with pytest.raises(PluginError, match=r"sigma_data: 0\.7 in EDMScaling, 0\.5 in EDMWeighting"):
-        options_of(parts(SCALING, ("EDMWeighting", {}), SAMPLING))
-    with pytest.raises(PluginError, match=r"sigma_data: 0\.5 in EDMScaling, 0\.7 in EDMWeighting"):
-        options_of(parts(("EDMScaling", {}), WEIGHTING, SAMPLING))
-
-
-def test_the_discrete_variant_is_refused_by_name() -> None:
-    given = parts(SCALING, ("UnitWeighting", {}), ("DiscreteSampling", {}))
-    given["discretization"] = ("EDMDiscretization", {})
-    with pytest.raises(PluginError, match=r"^EDMDiscretization: .*use LegacyDDPMDiscretization"):
-        options_of(given)
-    given["discretization"] = ("LegacyDDPMDiscretization", {"num_timesteps": 1000})
-    assert options_of({**given, **parts(SCALING, WEIGHTING, SAMPLING)})["sigma_data"] == 0.7
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (
-            parts(("EDMScaling", {"sd": 1.0}), WEIGHTING, SAMPLING),
-            r"EDMScaling\.sd: .* sigma_data$",
-        ),
-        (
-            parts(SCALING, ("EDMWeighting", {"sigma_data": 0.7, "p_mean": 1.0}), SAMPLING),
-            r"EDMWeighting\.p_mean: .* sigma_data$",
-        ),
-        (
-            parts(SCALING, WEIGHTING, ("EDMSampling", {"num_idx": 1000})),
-            r"EDMSampling\.num_idx: .* p_mean, p_std$",
-        ),
-    ],
-)
-def test_params_that_the_classes_do_not_have_are_refused(given: dict[str, Part], told: str) -> None:
-    with pytest.raises(PluginError, match=told):
-        options_of(given)
-
-
-def test_the_names_are_declared() -> None:
-    """Old and new, and each for the one function."""
-    manifest = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    group = manifest.split('[project.entry-points."sdxl_host.targets"]')[1].split("[")[0]
-    old = "gm.modules.diffusionmodules."
-    expected = {f"sdxl_host.{name}": 0 for name in ("EDMScaling", "EDMWeighting", "EDMSampling")}
-    expected |= {
-        f"{old}{name}": 0
-        for name in (
-            "denoiser_scaling.EDMScaling",
-            "denoiser_weighting.EDMWeighting",
-            "sigma_sampling.EDMSampling",
-            "discretizer.EDMDiscretization",
-        )
-    }
-    expected["sdxl_host.EDMDiscretization"] = 0
-    lines = [line for line in group.splitlines() if line.strip()]
-    assert {line.split('"')[1] for line in lines} == set(expected)
-    assert {line.split('"')[3] for line in lines} == {"sdxl_edm.targets:options"}
 
 
 # ---- options
 
 
 def test_options_come_from_a_config_section() -> None:
-    assert build_options(Options, {}, "plugins.edm") == Options()
+    assert make_options(EDM, {}) == Options()
     assert Options() == Options("edm", "own", "none", None, None, None)
-    built = build_options(Options, {"p_mean": 1, "p_std": None}, "plugins.edm")
+    built = make_options(EDM, {"p_mean": 1, "p_std": None})
     assert built.constants() == {"sigma_data": 0.5, "p_mean": 1.0, "p_std": 1.2}
-    tiny = build_options(Options, {"sigma_data": 1e-6, "p_std": 1e-6}, "plugins.edm")
+    tiny = make_options(EDM, {"sigma_data": 1e-6, "p_std": 1e-6})
     assert tiny.constants() == {"sigma_data": 1e-6, "p_mean": -1.2, "p_std": 1e-6}
     bad_values = [
         ("sigma_data", 0),
@@ -621,5 +431,5 @@ def test_options_come_from_a_config_section() -> None:
         ("preset", "cosxl"),
     ]
     for key, bad in bad_values:
-        with pytest.raises(ConfigError, match=rf"plugins\.edm\.{key}"):
-            build_options(Options, {key: bad}, "plugins.edm")
+        with pytest.raises(HostError, match=rf"plugins\.edm\.{key}"):
+            make_options(EDM, {key: bad})

@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import PromptEmbedding, TextEncoders, encode_truncated, hookimpl
-from sdxl_host.errors import ConfigError
-from sdxl_host.plugins.discovery import Installed
-from sdxl_host.plugins.hooks import Hooks, Plugin
-from sdxl_host.settings.options import build_options
+from sdxl_host import PromptEmbedding, TextEncoders, encode_truncated
+from sdxl_host.testing import HostError, TinyHooks, make_options, tiny_hooks
 
 from sdxl_lpw import LongPrompts, Options
 from sdxl_lpw.chunks import cut, kept_positions
@@ -49,18 +46,8 @@ def two_encoders(length: int = 77) -> TextEncoders:
     return TextEncoders([FakeEncoder(1001, 3, 0, length), FakeEncoder(0, 5, 4, length)])
 
 
-class Defaults:
-    """Stands in for the host's own answer."""
-
-    @hookimpl
-    def encode_prompt(self, prompts: list[str], encoders: TextEncoders) -> PromptEmbedding:
-        return encode_truncated(prompts, encoders)
-
-
-def run(options: Options | None = None) -> Hooks:
-    options = options or Options()
-    installed = Installed("lpw", "sdxl-lpw", "0.1.0", None, "sdxl_lpw", "LongPrompts")
-    return Hooks(Defaults(), [Plugin(installed, options, LongPrompts(options))])
+def run(options: Options | None = None) -> TinyHooks:
+    return tiny_hooks(LongPrompts(options or Options()))
 
 
 def encode(
@@ -219,60 +206,6 @@ def test_kohya_drops_inner_specials_and_attends_everything() -> None:
 def test_kohya_with_one_chunk_is_the_host_s_encoding() -> None:
     ours, _ = encode(FITTING, convention="kohya", max_embeddings_multiples=1)
     assert np.array_equal(ours.context, encode_truncated(FITTING, two_encoders()).context)
-
-
-# ---- the syntax of prompt weights
-
-
-@pytest.mark.parametrize(
-    ("prompt", "runs"),
-    [
-        # The examples that the convention's own documentation gives.
-        ("normal text", [("normal text", 1.0)]),
-        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
-        ("(unbalanced", [("unbalanced", 1.1)]),
-        (r"\(literal\]", [("(literal]", 1.0)]),
-        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
-        (
-            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
-            [
-                ("a ", 1.0),
-                ("house", 1.573),
-                (" ", 1.1),
-                ("on", 1.0),
-                (" a ", 1.1),
-                ("hill", 0.55),
-                (", sun, ", 1.1),
-                ("sky", 1.4641),
-                (".", 1.1),
-            ],
-        ),
-        # And the rest of its rules.
-        ("((x))", [("x", 1.21)]),
-        ("(x:1.3)", [("x", 1.3)]),
-        ("(x: .5 )", [("x", 0.5)]),
-        ("(x:-1)", [("x", -1.0)]),
-        ("[x]", [("x", 1 / 1.1)]),
-        ("[[x] y", [("x", 1 / 1.21), (" y", 1 / 1.1)]),
-        (r"\\ \[ \) a\b", [(r"\ [ ) a\b", 1.0)]),
-        ("a) b] c:2) d: e", [("a) b] c:2) d: e", 1.0)]),
-        ("(a [b) c]", [("a ", 1.1), ("b", 1.0), (" c", 1 / 1.1)]),
-        ("(two\nlines)", [("two\nlines", 1.1)]),
-        ("(x:1.2.3)", [("x:1.2.3", 1.1)]),
-        ("", []),
-    ],
-)
-def test_the_syntax_of_weights(prompt: str, runs: list[tuple[str, float]]) -> None:
-    (section,) = parse_weights(prompt)
-    assert [text for text, _ in section] == [text for text, _ in runs]
-    assert [weight for _, weight in section] == pytest.approx([weight for _, weight in runs])
-
-
-def test_break_parts_a_prompt_also_inside_brackets() -> None:
-    assert parse_weights("a BREAK b") == [[("a", 1.0)], [("b", 1.0)]]
-    assert parse_weights("(a\nBREAK b)c") == [[("a", 1.1)], [("b", 1.1), ("c", 1.0)]]
-    assert parse_weights("BREAKFAST") == [[("BREAKFAST", 1.0)]]
-    assert parse_weights("a BREAK") == [[("a", 1.0)], []]
 
 
 def test_break_starts_a_chunk_and_pads_the_one_before() -> None:
@@ -475,7 +408,7 @@ def test_every_option_has_an_effect() -> None:
 def test_notes_tell_options_that_do_nothing() -> None:
     for convention in ("a1111", "kohya"):
         idle = Options(max_embeddings_multiples=1, convention=convention)
-        assert run(idle).notes(None) == [
+        assert run(idle).notes() == [
             "lpw: does nothing: max_embeddings_multiples is 1 and prompt_weights is off"
         ]
         prompts = [*FITTING, words(100)]
@@ -483,14 +416,14 @@ def test_notes_tell_options_that_do_nothing() -> None:
         plain = encode_truncated(prompts, two_encoders())
         assert np.array_equal(ours.context, plain.context)
         assert ours.attended().all()
-    assert run().notes(None) == []
-    assert run(Options(max_embeddings_multiples=1, prompt_weights=True)).notes(None) == []
+    assert run().notes() == []
+    assert run(Options(max_embeddings_multiples=1, prompt_weights=True)).notes() == []
 
 
 def test_options_come_from_a_config_section() -> None:
-    assert build_options(Options, {}, "plugins.lpw") == Options(3, "a1111", False)
+    assert make_options(LongPrompts, {}) == Options(3, "a1111", False)
     values = {"max_embeddings_multiples": 1, "convention": "kohya", "prompt_weights": True}
-    assert build_options(Options, values, "plugins.lpw") == Options(1, "kohya", True)
+    assert make_options(LongPrompts, values) == Options(1, "kohya", True)
     bad_values = [
         ("max_embeddings_multiples", 0),
         ("max_embeddings_multiples", 1.5),
@@ -498,5 +431,5 @@ def test_options_come_from_a_config_section() -> None:
         ("prompt_weights", 1),
     ]
     for key, bad in bad_values:
-        with pytest.raises(ConfigError, match=rf"plugins\.lpw\.{key}"):
-            build_options(Options, {key: bad}, "plugins.lpw")
+        with pytest.raises(HostError, match=rf"plugins\.lpw\.{key}"):
+            make_options(LongPrompts, {key: bad})

@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels, NoiseSchedule, hookimpl
-from sdxl_host.diffusion.preconditioning import EpsPreconditioning, VPreconditioning
-from sdxl_host.errors import ConfigError
-from sdxl_host.plugins.discovery import Installed
-from sdxl_host.plugins.hooks import Hooks, Plugin
-from sdxl_host.settings.options import build_options
+from sdxl_host import DiffusionModel, DiscreteDistribution, NoiseDistribution, NoiseLevels
+from sdxl_host.testing import HostError, TinyHooks, make_options, tiny_hooks, tiny_model
 
 from sdxl_snr import MinSNR, Options
 
-SCHEDULE = NoiseSchedule.scaled_linear()
-UNIFORM = DiscreteDistribution(SCHEDULE)
+EPS, V = tiny_model("eps"), tiny_model("v")
+SCHEDULE, UNIFORM = EPS.schedule, EPS.distribution
 NOISIER = UNIFORM.reweighted(np.linspace(1.0, 9.0, 1000))
 EVERY_TIMESTEP = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
-EPS: Any = SimpleNamespace(
-    schedule=SCHEDULE, preconditioning=EpsPreconditioning(SCHEDULE), distribution=UNIFORM
-)
-V: Any = SimpleNamespace(
-    schedule=SCHEDULE, preconditioning=VPreconditioning(SCHEDULE), distribution=UNIFORM
-)
 
 
-class Defaults:
-    """Stands in for the host's own answer."""
-
-    @hookimpl
-    def sample_timesteps(self, model: Any) -> NoiseDistribution:
-        return model.distribution
-
-    @hookimpl
-    def weight_loss(self, noise: NoiseLevels) -> np.ndarray:
-        return noise.snr
-
-
-def run(options: Options | None = None) -> Hooks:
-    options = options or Options()
-    installed = Installed("snr", "sdxl-snr", "0.1.0", None, "sdxl_snr", "MinSNR")
-    return Hooks(Defaults(), [Plugin(installed, options, MinSNR(options))])
+def run(options: Options | None = None, model: DiffusionModel = EPS) -> TinyHooks:
+    return tiny_hooks(MinSNR(options or Options()), model=model)
 
 
 def weights(
-    noise: NoiseLevels = EVERY_TIMESTEP, options: Options | None = None, model: Any = EPS
+    noise: NoiseLevels = EVERY_TIMESTEP,
+    options: Options | None = None,
+    model: DiffusionModel = EPS,
 ) -> np.ndarray:
-    return run(options).weight_loss(model=model, noise=noise, step=1)
+    return run(options, model).weight_loss(noise)
 
 
 def test_the_weight_is_the_ratio_bounded_by_gamma() -> None:
@@ -63,11 +41,11 @@ def test_the_weight_is_the_ratio_bounded_by_gamma() -> None:
 
 def test_it_replaces_the_host_s_own_weight() -> None:
     assert run().chain("weight_loss") == "snr"
-    assert not np.array_equal(weights(), Defaults().weight_loss(EVERY_TIMESTEP))
+    assert not np.array_equal(weights(), tiny_hooks().weight_loss(EVERY_TIMESTEP))
 
 
 def test_on_eps_it_is_the_paper_s_min_snr_over_snr() -> None:
-    factor = weights() * EpsPreconditioning(SCHEDULE).c_out(SCHEDULE.sigmas) ** 2
+    factor = weights() * EPS.preconditioning.c_out(SCHEDULE.sigmas) ** 2
     snr = EVERY_TIMESTEP.snr
     np.testing.assert_allclose(factor, np.minimum(snr, 5) / snr, rtol=1e-12)
     assert factor.mean() == pytest.approx(0.917, abs=5e-4)
@@ -77,7 +55,7 @@ def test_on_eps_it_is_the_paper_s_min_snr_over_snr() -> None:
 
 
 def test_on_v_it_is_min_snr_over_snr_plus_one() -> None:
-    factor = weights() * VPreconditioning(SCHEDULE).c_out(SCHEDULE.sigmas) ** 2
+    factor = weights() * V.preconditioning.c_out(SCHEDULE.sigmas) ** 2
     snr = EVERY_TIMESTEP.snr
     np.testing.assert_allclose(factor, np.minimum(snr, 5) / (snr + 1), rtol=1e-12)
     # The two wrong forms for v that are in use elsewhere.
@@ -152,7 +130,7 @@ def test_the_mean_is_taken_once_for_each_distribution() -> None:
     results = []
     for step, distribution in enumerate([first, first, second, second, first], start=1):
         noise = NoiseLevels.at(np.array([0.1, 1.0]), SCHEDULE, distribution)
-        results.append(hooks.weight_loss(model=EPS, noise=noise, step=step))
+        results.append(hooks.weight_loss(noise, step))
     assert (first.asked, second.asked) == (2, 1)
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[4])
@@ -161,20 +139,20 @@ def test_the_mean_is_taken_once_for_each_distribution() -> None:
 
 @pytest.mark.parametrize(("model", "name", "mean"), [(EPS, "eps", "0.917"), (V, "v", "0.294")])
 def test_notes_say_how_much_smaller_the_loss_is(model: Any, name: str, mean: str) -> None:
-    (line,) = run().notes(model)
+    (line,) = run(model=model).notes()
     assert line.startswith("snr: gamma 5:")
     assert f"({name})" in line
     assert line.endswith(f"{mean} on average over the draws")
-    (normalized,) = run(Options(normalize="mean1")).notes(model)
+    (normalized,) = run(Options(normalize="mean1"), model).notes()
     assert normalized == f"{line}, and normalize mean1 divides by that"
 
 
 def test_notes_speak_of_what_is_drawn() -> None:
-    model: Any = SimpleNamespace(**{**vars(V), "distribution": NOISIER})
+    model = replace(V, distribution=NOISIER)
     masses = np.linspace(1, 9, 1000) / np.linspace(1, 9, 1000).sum()
     snr = EVERY_TIMESTEP.snr
     mean = np.sum(masses * np.minimum(snr, 5) / (snr + 1))
-    (line,) = run().notes(model)
+    (line,) = run(model=model).notes()
     assert f" {mean:.3f} on average" in line
     assert mean < 0.25
 
@@ -183,13 +161,13 @@ def test_notes_speak_of_what_is_drawn() -> None:
 
 
 def test_options_come_from_a_config_section() -> None:
-    assert build_options(Options, {}, "plugins.snr") == Options(gamma=5.0, normalize="none")
-    assert build_options(Options, {"gamma": 7}, "plugins.snr").gamma == 7.0
-    assert build_options(Options, {"gamma": 1e-6}, "plugins.snr").gamma == 1e-6
+    assert make_options(MinSNR, {}) == Options(gamma=5.0, normalize="none")
+    assert make_options(MinSNR, {"gamma": 7}).gamma == 7.0
+    assert make_options(MinSNR, {"gamma": 1e-6}).gamma == 1e-6
     for bad in (0, -1.0, float("inf"), float("nan"), "five", True):
-        with pytest.raises(ConfigError, match=r"plugins\.snr\.gamma"):
-            build_options(Options, {"gamma": bad}, "plugins.snr")
-    assert build_options(Options, {"normalize": "mean1"}, "plugins.snr").normalize == "mean1"
+        with pytest.raises(HostError, match=r"plugins\.snr\.gamma"):
+            make_options(MinSNR, {"gamma": bad})
+    assert make_options(MinSNR, {"normalize": "mean1"}).normalize == "mean1"
     for bad in ("max1", True, 1):
-        with pytest.raises(ConfigError, match=r"plugins\.snr\.normalize"):
-            build_options(Options, {"normalize": bad}, "plugins.snr")
+        with pytest.raises(HostError, match=r"plugins\.snr\.normalize"):
+            make_options(MinSNR, {"normalize": bad})

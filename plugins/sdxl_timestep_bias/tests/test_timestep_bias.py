@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import NormalDist
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels, NoiseSchedule, hookimpl
-from sdxl_host.errors import ConfigError
-from sdxl_host.plugins.discovery import Installed
-from sdxl_host.plugins.hooks import Hooks, Plugin
-from sdxl_host.settings.options import build_options
+from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseSchedule, hookimpl
+from sdxl_host.testing import HostError, TinyHooks, make_options, tiny_hooks, tiny_model
 
 from sdxl_timestep_bias import Options, TimestepBias
 
-SCHEDULE = NoiseSchedule.scaled_linear()
-UNIFORM = DiscreteDistribution(SCHEDULE)
+MODEL = tiny_model()
+SCHEDULE, UNIFORM = MODEL.schedule, MODEL.distribution
 U = (np.arange(20000) + 0.5) / 20000
 GUIDE = {"multiplier": 2, "strategy": "range", "begin": 200, "end": 500, "portion": 0.25}
-MODEL: Any = SimpleNamespace(schedule=SCHEDULE, distribution=UNIFORM)
 
 
 class LogNormal(NoiseDistribution):
@@ -38,39 +33,18 @@ class LogNormal(NoiseDistribution):
         return np.vectorize(self._normal.cdf)(np.log(sigma))
 
 
-class Defaults:
-    """Stands in for the host's own answers."""
-
-    def __init__(self, distribution: NoiseDistribution) -> None:
-        self.distribution = distribution
-
-    @hookimpl
-    def sample_timesteps(self) -> NoiseDistribution:
-        return self.distribution
-
-    @hookimpl
-    def weight_loss(self, noise: NoiseLevels) -> np.ndarray:
-        return np.sqrt(noise.snr)
-
-
-def run(options: Options, distribution: NoiseDistribution = UNIFORM) -> Hooks:
+def run(options: Options, distribution: NoiseDistribution = UNIFORM) -> TinyHooks:
     return chain([options], distribution)
 
 
-def chain(several: Sequence[Options], distribution: NoiseDistribution = UNIFORM) -> Hooks:
+def chain(several: Sequence[Options], distribution: NoiseDistribution = UNIFORM) -> TinyHooks:
     """One plugin after the other, as in the order of --plugins."""
-    plugins = []
-    for index, options in enumerate(several):
-        name = "timestep_bias" + f"_{index + 1}" * (index > 0)
-        installed = Installed(
-            name, "sdxl-timestep-bias", "0.1.0", None, "sdxl_timestep_bias", "TimestepBias"
-        )
-        plugins.append(Plugin(installed, options, TimestepBias(options)))
-    return Hooks(Defaults(distribution), plugins)
+    plugins = [TimestepBias(options) for options in several]
+    return tiny_hooks(*plugins, model=replace(MODEL, distribution=distribution))
 
 
 def biased(options: Options, distribution: NoiseDistribution = UNIFORM) -> NoiseDistribution:
-    return run(options, distribution).sample_timesteps(model=None, step=1)
+    return run(options, distribution).sample_timesteps(step=1)
 
 
 def share(distribution: NoiseDistribution, first: int, end: int) -> float:
@@ -96,7 +70,7 @@ def test_earlier_is_its_mirror_image() -> None:
 
 
 def test_the_guide_s_own_command_draws_46_percent_from_its_range() -> None:
-    options = build_options(Options, GUIDE, "plugins.timestep_bias")
+    options = make_options(TimestepBias, GUIDE)
     within = biased(options)
     expected = 600 / 1300
     assert expected == pytest.approx(0.462, abs=5e-4)
@@ -226,18 +200,26 @@ def test_quantile_and_cdf_find_each_other() -> None:
 
 def test_it_returns_one_object_as_long_as_it_is_given_one() -> None:
     hooks = run(Options(strategy="later", multiplier=2.0))
-    first = hooks.sample_timesteps(model=None, step=1)
-    assert hooks.sample_timesteps(model=None, step=2) is first
+    first = hooks.sample_timesteps(step=1)
+    assert hooks.sample_timesteps(step=2) is first
+
+
+class Curriculum:
+    """Draws from its distribution, which a test changes."""
+
+    distribution: NoiseDistribution = UNIFORM
+
+    @hookimpl
+    def sample_timesteps(self) -> NoiseDistribution:
+        return self.distribution
 
 
 def test_it_follows_a_source_that_changes() -> None:
-    defaults = Defaults(UNIFORM)
-    options = Options(strategy="later", multiplier=2.0)
-    installed = Installed("timestep_bias", "sdxl-timestep-bias", "0.1.0", None, "", "")
-    hooks = Hooks(defaults, [Plugin(installed, options, TimestepBias(options))])
-    first = hooks.sample_timesteps(model=None, step=1)
-    defaults.distribution = DiscreteDistribution(SCHEDULE, np.arange(1.0, 1001.0))
-    second = hooks.sample_timesteps(model=None, step=2)
+    source = Curriculum()
+    hooks = tiny_hooks(source, TimestepBias(Options(strategy="later", multiplier=2.0)))
+    first = hooks.sample_timesteps(step=1)
+    source.distribution = DiscreteDistribution(SCHEDULE, np.arange(1.0, 1001.0))
+    second = hooks.sample_timesteps(step=2)
     assert second is not first
     assert second.expect(np.log) > first.expect(np.log)
 
@@ -252,7 +234,7 @@ def test_importance_correction_keeps_the_mean_of_the_loss(source: NoiseDistribut
         strategy="range", multiplier=4.0, begin=200, end=500, importance_correction=True
     )
     hooks = run(options, source)
-    q = hooks.sample_timesteps(model=None, step=1)
+    q = hooks.sample_timesteps(step=1)
 
     assert mean(hooks) == pytest.approx(source.expect(loss), rel=1e-9)
     assert q.expect(loss) != pytest.approx(source.expect(loss), rel=1e-2)
@@ -262,13 +244,12 @@ def loss(sigma: np.ndarray) -> np.ndarray:
     return 1 / (1 + sigma**2)
 
 
-def mean(hooks: Hooks) -> float:
+def mean(hooks: TinyHooks) -> float:
     """The weighted loss's mean over the draws, without the default's own weight."""
-    q = hooks.sample_timesteps(model=None, step=1)
+    q = hooks.sample_timesteps(step=1)
 
     def weighed(sigma: np.ndarray) -> np.ndarray:
-        noise = NoiseLevels.at(sigma, SCHEDULE, q)
-        return hooks.weight_loss(model=None, noise=noise, step=1) * sigma * loss(sigma)
+        return hooks.weight_loss(hooks.noise_at(sigma)) * sigma**2 * loss(sigma)
 
     return q.expect(weighed)
 
@@ -282,7 +263,7 @@ def test_two_that_correct_keep_the_mean_of_the_loss(source: NoiseDistribution) -
     second = Options("later", 3.0, portion=0.6, importance_correction=True)
     for several in ([first, second], [second, first]):
         hooks = chain(several, given)
-        drawn = hooks.sample_timesteps(model=None, step=1)
+        drawn = hooks.sample_timesteps(step=1)
         assert drawn.expect(loss) != pytest.approx(given.expect(loss), rel=1e-2)
         assert mean(hooks) == pytest.approx(given.expect(loss), rel=1e-9)
 
@@ -308,12 +289,9 @@ def test_one_that_corrects_leaves_the_other_s_draws(source: NoiseDistribution) -
 
 
 def test_importance_correction_divides_by_the_change_of_density() -> None:
-    options = Options(strategy="later", multiplier=2.0, importance_correction=True)
-    hooks = run(options)
-    q = hooks.sample_timesteps(model=None, step=1)
-    noise = NoiseLevels.at(SCHEDULE.sigmas[[10, 900]], SCHEDULE, q)
-    plain = Defaults(UNIFORM).weight_loss(noise)
-    corrected = hooks.weight_loss(model=None, noise=noise, step=1)
+    hooks = run(Options(strategy="later", multiplier=2.0, importance_correction=True))
+    noise = hooks.noise_at(SCHEDULE.sigmas[[10, 900]])
+    plain, corrected = tiny_hooks().weight_loss(noise), hooks.weight_loss(noise)
     np.testing.assert_allclose(corrected / plain, [1.25, 0.625], rtol=1e-12)
 
 
@@ -326,12 +304,11 @@ def test_importance_correction_divides_by_the_change_of_density() -> None:
     ids=["off", "idle"],
 )
 def test_without_it_the_weight_passes_unchanged(options: Options) -> None:
-    hooks = run(options)
     # Someone else's reweighting is not this plugin's to correct.
-    other = UNIFORM.reweighted(np.linspace(1, 2, 1000))
-    noise = NoiseLevels.at(SCHEDULE.sigmas[::100], SCHEDULE, other)
-    plain = Defaults(UNIFORM).weight_loss(noise)
-    assert np.array_equal(hooks.weight_loss(model=None, noise=noise, step=1), plain)
+    other = replace(MODEL, distribution=UNIFORM.reweighted(np.linspace(1, 2, 1000)))
+    noise = tiny_hooks(model=other).noise_at(SCHEDULE.sigmas[::100])
+    plain = tiny_hooks().weight_loss(noise)
+    assert np.array_equal(run(options).weight_loss(noise), plain)
 
 
 # ---- options
@@ -347,23 +324,23 @@ IDLE = {
 
 @pytest.mark.parametrize(("reason", "options"), IDLE.items(), ids=list(IDLE))
 def test_options_that_do_nothing_say_so_and_do_nothing(reason: str, options: Options) -> None:
-    (line,) = run(options).notes(MODEL)
+    (line,) = run(options).notes()
     assert line.startswith("timestep_bias: does nothing: ")
     assert reason in line
     assert biased(options) is UNIFORM
 
 
 def test_options_that_others_make_idle_are_named() -> None:
-    guide = build_options(Options, GUIDE, "plugins.timestep_bias")
-    assert run(guide).notes(MODEL)[1:] == [
+    guide = make_options(TimestepBias, GUIDE)
+    assert run(guide).notes()[1:] == [
         "timestep_bias: portion 0.25 has no effect with strategy range"
     ]
     later = Options(strategy="later", multiplier=2.0, begin=200, end=500)
-    assert run(later).notes(MODEL)[1:] == [
+    assert run(later).notes()[1:] == [
         "timestep_bias: begin 200 has no effect with strategy later",
         "timestep_bias: end 500 has no effect with strategy later",
     ]
-    assert len(run(Options(strategy="earlier", multiplier=2.0)).notes(MODEL)) == 1
+    assert len(run(Options(strategy="earlier", multiplier=2.0)).notes()) == 1
 
 
 @pytest.mark.parametrize(
@@ -389,27 +366,27 @@ def test_options_that_others_make_idle_are_named() -> None:
 def test_notes_tell_where_the_draws_go(
     options: Options, source: NoiseDistribution, line: str
 ) -> None:
-    assert run(options, source).notes(MODEL)[0] == f"timestep_bias: {line}"
+    assert run(options, source).notes()[0] == f"timestep_bias: {line}"
 
 
 @pytest.mark.parametrize(("begin", "end"), [(500, 200), (200, 200), (-1, 200), (200, 1001)])
 def test_a_range_that_is_none_is_refused(begin: int, end: int) -> None:
     values = {**GUIDE, "begin": begin, "end": end}
-    with pytest.raises(ConfigError, match=rf"plugins\.timestep_bias.*begin {begin} and end {end}"):
-        build_options(Options, values, "plugins.timestep_bias")
+    with pytest.raises(HostError, match=rf"plugins\.timestep_bias.*begin {begin} and end {end}"):
+        make_options(TimestepBias, values)
     # With another strategy it is idle, and idle options are named, not refused.
-    build_options(Options, {**values, "strategy": "later"}, "plugins.timestep_bias")
+    make_options(TimestepBias, {**values, "strategy": "later"})
 
 
 def test_a_range_may_be_all_timesteps_or_one() -> None:
     for begin, end in ((0, 1000), (999, 1000), (0, 1)):
-        build_options(Options, {**GUIDE, "begin": begin, "end": end}, "plugins.timestep_bias")
+        make_options(TimestepBias, {**GUIDE, "begin": begin, "end": end})
 
 
 def test_values_out_of_range_are_refused() -> None:
-    assert build_options(Options, {}, "plugins.timestep_bias") == Options()
-    assert build_options(Options, {"portion": 1.0}, "plugins.timestep_bias").portion == 1.0
-    least = build_options(Options, {"multiplier": 1e-6, "portion": 1e-6}, "plugins.timestep_bias")
+    assert make_options(TimestepBias, {}) == Options()
+    assert make_options(TimestepBias, {"portion": 1.0}).portion == 1.0
+    least = make_options(TimestepBias, {"multiplier": 1e-6, "portion": 1e-6})
     assert (least.multiplier, least.portion) == (1e-6, 1e-6)
     bad_values = [
         ("multiplier", 0),
@@ -421,5 +398,5 @@ def test_values_out_of_range_are_refused() -> None:
         ("importance_correction", 1),
     ]
     for key, bad in bad_values:
-        with pytest.raises(ConfigError, match=rf"plugins\.timestep_bias\.{key}"):
-            build_options(Options, {key: bad}, "plugins.timestep_bias")
+        with pytest.raises(HostError, match=rf"plugins\.timestep_bias\.{key}"):
+            make_options(TimestepBias, {key: bad})

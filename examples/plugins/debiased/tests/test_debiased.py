@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, NoiseLevels, NoiseSchedule
-from sdxl_host.diffusion.objective import coefficients
-from sdxl_host.diffusion.preconditioning import (
-    EpsPreconditioning,
-    Preconditioning,
-    VPreconditioning,
-)
-from sdxl_host.testing import PluginContract
+from sdxl_host import NoiseLevels, Preconditioning
+from sdxl_host.testing import PluginContract, coefficients, tiny_hooks, tiny_model
 
 from debiased import Debiased, Options
 
-SCHEDULE = NoiseSchedule.scaled_linear()
-UNIFORM = DiscreteDistribution(SCHEDULE)
+MODEL = tiny_model()
+SCHEDULE, UNIFORM = MODEL.schedule, MODEL.distribution
 EVERY_TIMESTEP = NoiseLevels.at(SCHEDULE.sigmas, SCHEDULE, UNIFORM)
-EPS, V = EpsPreconditioning(SCHEDULE), VPreconditioning(SCHEDULE)
+EPS, V = MODEL.preconditioning, tiny_model("v").preconditioning
 
 
 class TestContract(PluginContract):
@@ -30,7 +23,7 @@ class TestContract(PluginContract):
 
 
 def weights(noise: NoiseLevels = EVERY_TIMESTEP, **options: Any) -> np.ndarray:
-    return Debiased(Options(**options)).weight_loss(noise)
+    return tiny_hooks(Debiased(Options(**options))).weight_loss(noise)
 
 
 def paper_s_loss(predicted: np.ndarray, n: np.ndarray, alpha_bar: np.ndarray) -> np.ndarray:
@@ -103,8 +96,9 @@ def test_it_is_finite_and_falls_over_sixteen_orders_of_magnitude(max_snr: float 
     assert (np.diff(ours) < 0).all()
 
 
-@pytest.mark.parametrize(("kind", "told"), [(EPS, "(eps) is multiplied by 3.021"), (V, "0.322")])
-def test_notes_say_how_much_larger_the_loss_is(kind: Preconditioning, told: str) -> None:
-    model: Any = SimpleNamespace(preconditioning=kind)
-    (line,) = Debiased(Options()).notes(model, UNIFORM)
+@pytest.mark.parametrize(
+    ("prediction", "told"), [("eps", "(eps) is multiplied by 3.021"), ("v", "0.322")]
+)
+def test_notes_say_how_much_larger_the_loss_is(prediction: Any, told: str) -> None:
+    (line,) = tiny_hooks(Debiased(Options()), model=tiny_model(prediction)).notes()
     assert told in line

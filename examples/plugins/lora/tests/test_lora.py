@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from sdxl_host.errors import DataError
-from sdxl_host.testing import PluginContract, TinyRun, tiny_run
-from sdxl_host.testing.runs import tiny_config
+from sdxl_host.testing import HostError, PluginContract, TinyRun, tiny_run
 
 from lora import FILE, LoRA, Options, is_adapter
 
@@ -168,18 +166,20 @@ def test_with_edm_and_snr_a_resumed_run_is_the_uninterrupted_one(train: Train) -
 
 def test_recomputed_blocks_train_alike(tmp_path: Path, adapted: TinyRun) -> None:
     """Parameters that a block gets later have a gradient too where the block is recomputed."""
-    from sdxl_host.training.trainer import Trainer
+    before: dict[str, np.ndarray] = {}
+
+    def prepare(trainer: Any) -> None:
+        trained_before(trainer)
+        before.update({n: p.asnumpy().copy() for n, p in trainer.parts.network.items()})
 
     flags = [*ATTENTION, "model.params.network_config.params.use_recompute=True"]
-    flags += ["--total_step", "2", "--guidance_scale", "1"]
-    config = tiny_config(["lora"], folder=tmp_path, options={"lora": OPTIONS}, flags=flags)
-    trainer = Trainer(config, say=lambda line: None)
-    trained_before(trainer)
-    before = [parameter.asnumpy().copy() for parameter in trainer.parts.trained]
-    trainer.run()
-    for parameter, start in zip(trainer.parts.trained, before, strict=True):
-        assert (parameter.asnumpy() != start).any(), parameter.name
-    ours = load_file(trainer.save_path / "checkpoints" / "latest" / FILE)
+    options = {"lora": OPTIONS}
+    run = tiny_run(
+        ["lora"], folder=tmp_path, steps=2, options=options, flags=flags, prepare=prepare
+    )
+    for name, array in run.weights().items():
+        assert (array != before[name]).any() == is_adapter(name), name
+    ours = load_file(run.checkpoint / FILE)
     assert ours.keys() == load_file(adapted.checkpoint / FILE).keys()
 
 
@@ -274,15 +274,12 @@ def merged(base: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
 def networks(adapted: TinyRun, plain: tuple[TinyRun, Any]) -> tuple[Any, Any]:
     """The run's network with its adapters, and one without into which its file is merged."""
     from mindspore import Tensor
-    from sdxl_host.sampling.load import restore_sampler
-    from sdxl_host.weights.names import single_file_parameters
 
-    first = restore_sampler(adapted.checkpoint)[0].model.network
-    second = restore_sampler(plain[0].checkpoint)[0].model.network
+    first, _ = adapted.network()
+    second, parameters = plain[0].network()
     weights = {n: a for n, a in adapted.weights().items() if not is_adapter(n)}
     changed = merged(weights, adapted.checkpoint / FILE)
     assert sum((changed[name] != weights[name]).any() for name in weights) == 32
-    parameters = single_file_parameters(second, NETWORK)
     assert parameters.keys() == changed.keys()
     for name, parameter in parameters.items():
         parameter.set_data(Tensor(changed[name]))
@@ -310,11 +307,8 @@ def test_adapters_compute_in_float16_with_the_rest(
     level: str, adapted: TinyRun, networks: tuple[Any, Any]
 ) -> None:
     import mindspore as ms
-    from sdxl_host.models.precision import apply_precision
-    from sdxl_host.sampling.load import restore_sampler
 
-    network = restore_sampler(adapted.checkpoint)[0].model.network
-    apply_precision(network, level)
+    network, _ = adapted.network(level)
     layer = network.middle_block[1].transformer_blocks[0].attn1.to_q
     numbers = ms.Tensor(np.ones((2, 3, layer.in_channels), np.float32))
     for cell in (layer, layer.lora_down):
@@ -336,9 +330,9 @@ def test_a_compiled_layer_computes_what_an_eager_one_does(networks: tuple[Any, A
     np.testing.assert_allclose(eager, expected + SCALE * low, atol=1e-5 * np.abs(eager).max())
 
 
-def test_the_checkpoint_is_not_taken_for_weights_of_an_ordinary_network(adapted: TinyRun) -> None:
-    """By convert and --weight alike: nothing of the adapters is dropped without a word."""
-    from sdxl_host.weights.open import open_weights
-
-    with pytest.raises(DataError, match=r"added 64 tensors .*\(build_model: host -> lora\)"):
-        open_weights(adapted.checkpoint)
+def test_the_checkpoint_is_not_taken_for_weights_of_an_ordinary_network(
+    adapted: TinyRun, tmp_path: Path
+) -> None:
+    """Nothing of the adapters is dropped without a word."""
+    with pytest.raises(HostError, match=r"added 64 tensors .*\(build_model: host -> lora\)"):
+        tiny_run(folder=tmp_path, flags=["--weight", str(adapted.checkpoint)])

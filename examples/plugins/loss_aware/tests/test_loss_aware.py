@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels, NoiseSchedule
-from sdxl_host.diffusion.preconditioning import EpsPreconditioning
-from sdxl_host.testing import PluginContract
+from sdxl_host import DiscreteDistribution, NoiseDistribution, NoiseLevels
+from sdxl_host.testing import PluginContract, tiny_model
 
 from loss_aware import LossAware, Options
 
-SCHEDULE = NoiseSchedule.scaled_linear()
-UNIFORM = DiscreteDistribution(SCHEDULE)
-EPS = EpsPreconditioning(SCHEDULE)
+MODEL = tiny_model()
+SCHEDULE, UNIFORM, EPS = MODEL.schedule, MODEL.distribution, MODEL.preconditioning
 TRAINER: Any = SimpleNamespace(model=SimpleNamespace(preconditioning=EPS, schedule=SCHEDULE))
 
 

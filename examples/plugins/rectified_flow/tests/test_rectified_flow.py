@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import special
 from sdxl_host import DiffusionModel, NoiseDistribution, NoiseSchedule
-from sdxl_host.diffusion.objective import coefficients, denoise
-from sdxl_host.sampling.samplers import SAMPLERS, noise_levels, sample
-from sdxl_host.testing import PluginContract, tiny_model
+from sdxl_host.testing import (
+    SAMPLERS,
+    PluginContract,
+    coefficients,
+    denoise,
+    sample,
+    sampling_sigmas,
+    tiny_hooks,
+)
 
 from rectified_flow import (
     FlowPreconditioning,
@@ -36,15 +41,7 @@ class TestContract(PluginContract):
 
 def built(**options: Any) -> DiffusionModel:
     """A model of numbers alone, as the plugin leaves it."""
-    return answer(RectifiedFlow(Options(**options)).build_model(), tiny_model())
-
-
-def answer(wrapper: Generator[None, Any, Any], given: Any) -> Any:
-    """What a wrapper makes of `given`."""
-    next(wrapper)
-    with pytest.raises(StopIteration) as ended:
-        wrapper.send(given)
-    return ended.value.value
+    return tiny_hooks(RectifiedFlow(Options(**options))).build_model()
 
 
 # ---- preconditioning
@@ -207,11 +204,11 @@ def drawn(sampler: str, sigmas: np.ndarray) -> np.ndarray:
 def test_noise_becomes_the_data(sampler: str, times: str) -> None:
     """Over the model's own noise levels: mean and deviation lie within 4 standard errors, and what
     the first of them, x = sigma_max * n without the data, and the steps leave."""
-    sampling = built(times=times).sampling
+    model = built(times=times)
     steps = 400 if sampler.startswith("euler") else 80
-    images = drawn(sampler, noise_levels(sampling, SCHEDULE, steps))
+    images = drawn(sampler, sampling_sigmas(model, steps))
     error = SPREAD / np.sqrt(images.size)
-    unseen = MEAN * SPREAD / sampling.sigma_max
+    unseen = MEAN * SPREAD / model.sampling.sigma_max
     assert images.mean() == pytest.approx(MEAN, abs=4 * error + unseen + 0.02 * SPREAD)
     assert images.std() == pytest.approx(SPREAD, abs=4 * error + 0.02 * SPREAD)
 
@@ -252,8 +249,8 @@ def test_its_own_sampler_takes_the_steps_of_the_exported_scheduler() -> None:
 @pytest.mark.parametrize("options", [{}, {"times": "uniform"}, {"mean": 1.0, "std": 0.3}])
 def test_it_samples_where_it_was_trained(options: dict[str, Any]) -> None:
     """All but one draw in five hundred lie between the two ends, one in a thousand beyond each."""
-    model = built(**options)
-    distribution = RectifiedFlow(Options(**options)).sample_timesteps(model)
+    hooks = tiny_hooks(RectifiedFlow(Options(**options)))
+    model, distribution = hooks.build_model(), hooks.sample_timesteps()
     ends = np.array([model.sampling.sigma_min, model.sampling.sigma_max])
     np.testing.assert_allclose(distribution.cdf(ends), [0.001, 0.999], rtol=1e-9)
 
