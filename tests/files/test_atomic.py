@@ -40,12 +40,13 @@ KINDS = pytest.mark.parametrize("kind", ["file", "folder"])
 
 @pytest.fixture
 def events(monkeypatch) -> list[str]:
-    """Each sync, by the path that was synced, and each rename."""
+    """Each sync, by the path that was synced, and each rename; no file is synced while empty."""
     seen: list[str] = []
     fsync = os.fsync
 
     def synced(descriptor: int) -> None:
         seen.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert os.fstat(descriptor).st_size
         fsync(descriptor)
 
     def recorded(rename):
@@ -145,6 +146,8 @@ def test_open_no_follow(tmp_path):
         with open(tmp_path / "log", "a", opener=open_no_follow) as file:
             file.write(content)
     assert (tmp_path / "log").read_text() == "ab"
+    (tmp_path / "other").touch()
+    assert (tmp_path / "log").stat().st_mode == (tmp_path / "other").stat().st_mode
     (tmp_path / "link").symlink_to(tmp_path / "log")
     with pytest.raises(OSError, match="symbolic link"):
         open_no_follow(str(tmp_path / "link"), os.O_WRONLY)
@@ -197,7 +200,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind):
     assert names(tmp_path) == [others, "out*"]
 
 
-def test_check_writable(tmp_path):
+def test_check_writable(tmp_path, monkeypatch):
     """It makes the folder and leaves the file as it is; what can't be written is an error."""
     path = tmp_path / "new" / "a"
     check_writable(path)
@@ -205,7 +208,18 @@ def test_check_writable(tmp_path):
     path.write_bytes(b"earlier")
     check_writable(path)
     assert path.read_bytes() == b"earlier"
+    (tmp_path / "link").symlink_to(path.parent)
+    check_writable(tmp_path / "link")
     with pytest.raises(IsADirectoryError):
         check_writable(path.parent)
     with pytest.raises(OSError, match="a/b"):
         check_writable(path / "b" / "c")
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        check_writable(path)
+    assert names(path.parent) == ["a"]
