@@ -21,6 +21,7 @@ __all__ = [
     "drop_idle_params",
     "drop_idle_sections",
     "rename_targets",
+    "weight_name",
 ]
 
 _DIFFUSION = "gm.modules.diffusionmodules."
@@ -163,6 +164,13 @@ def drop_idle_params(tree: DictConfig) -> list[str]:
                     lines.append(f"{place}.params.{key} has no effect: {idle[key]}")
         tree[section] = plain
     return lines
+
+
+def weight_name(name: str) -> str:
+    """The name of a tensor in one of its checkpoints without what its classes put into it: a word
+    `_backbone`, and, in a file of the U-Net alone, no `model.` before it."""
+    words = [word for word in name.split(".") if word != "_backbone"]
+    return ".".join(["model", *words] if words[0] == "diffusion_model" else words)
 
 
 def _sections(tree: DictConfig) -> list[tuple[str, Any]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
 from sdxl_host.config.load import load, restore
-from sdxl_host.config.yaml_files import DEFAULT_CONFIG, packaged_configs
+from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.errors import ConfigError, HostError
 from sdxl_host.settings.schema import FLAGS, UNBUILT
 
@@ -20,28 +19,6 @@ from sdxl_host.settings.schema import FLAGS, UNBUILT
 pytestmark = pytest.mark.usefixtures("site")
 
 SIZE = "data.dataset_config.params.transforms[0].params.size"
-
-
-def default() -> dict[str, Any]:
-    return yaml.safe_load((packaged_configs() / DEFAULT_CONFIG).read_text("utf-8"))
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes a config file and gives the arguments that name it.
-
-    Text is written as it is; keywords replace sections of the default config (None removes one).
-    """
-
-    def write(text: str | bytes | None = None, **sections: Any) -> list[str]:
-        file = tmp_path / "mine.yaml"
-        if text is None:
-            tree = {**default(), **sections}
-            text = yaml.safe_dump({k: v for k, v in tree.items() if v is not None}, sort_keys=False)
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return ["--config", str(file)]
-
-    return write
 
 
 def refuse(arguments: list[str], message: str) -> str:
@@ -54,22 +31,25 @@ def refuse(arguments: list[str], message: str) -> str:
 # ---- layers
 
 
-@pytest.mark.parametrize("flag", [None, 7])
-@pytest.mark.parametrize("override", [None, 5])
-@pytest.mark.parametrize("in_file", [None, 3])
-@pytest.mark.parametrize("flag_first", [True, False])
-def test_defaults_then_file_then_overrides_then_flags(write, in_file, override, flag, flag_first):
+@pytest.mark.parametrize(
+    ("in_file", "words", "expected"),
+    [
+        (None, [], 1),
+        (3, [], 3),
+        (3, ["data.per_batch_size=5"], 5),
+        (3, ["--per_batch_size=7"], 7),
+        (3, ["data.per_batch_size=5", "--per_batch_size=7"], 7),
+        (None, ["--per_batch_size=7", "data.per_batch_size=5"], 7),
+    ],
+)
+def test_defaults_then_file_then_overrides_then_flags(write, default, in_file, words, expected):
     """The later layer wins wherever it stands in the line."""
-    data = default()["data"]
+    data = default["data"]
     del data["per_batch_size"]
     if in_file:
         data["per_batch_size"] = in_file
-    words = [f"data.per_batch_size={override}"] if override else []
-    flags = ["--per_batch_size", str(flag)] if flag else []
-    words = flags + words if flag_first else words + flags
     config = load([*write(data=data), *words])
-    assert config.data.per_batch_size == (flag or override or in_file or 1)
-    assert config.tree.data.per_batch_size == config.data.per_batch_size
+    assert config.data.per_batch_size == config.tree.data.per_batch_size == expected
 
 
 def test_a_layer_changes_what_it_names_and_nothing_else():
@@ -373,8 +353,8 @@ def test_train_and_plugins_may_be_left_out(write, section, value):
     assert OmegaConf.to_container(load(write(**{section: value})).tree[section]) is not None
 
 
-def test_an_empty_section_is_one_without_keys(write):
-    tree = default()
+def test_an_empty_section_is_one_without_keys(write, default):
+    tree = default
     text = yaml.safe_dump({k: v for k, v in tree.items() if k not in ("train", "plugins")})
     config = load(write(text + "train:\nplugins:\n"))
     assert config.train.seed == 42
@@ -402,8 +382,8 @@ def test_the_dataset_and_the_optimizer_must_be_there(write):
     refuse(write(optim={"base_learning_rate": 1.0}), r"^optim\.optimizer_config: needs a `target`")
 
 
-def test_processes_for_images_are_refused_with_the_remedy(write):
-    data = {**default()["data"], "python_multiprocessing": True}
+def test_processes_for_images_are_refused_with_the_remedy(write, default):
+    data = {**default["data"], "python_multiprocessing": True}
     refuse(write(data=data), r"^data\.python_multiprocessing: True is not supported.*False$")
 
 
@@ -439,106 +419,6 @@ def test_a_config_that_is_nowhere_is_refused_with_those_there_are(name):
 
 def test_explicit_config_is_empty_without_one():
     assert load([]).explicit_config == ""
-
-
-# ---- interpolation
-
-
-def test_interpolation_between_keys_is_allowed(write):
-    """One size for the dataset and its transforms."""
-    data = default()["data"]
-    size = "${data.dataset_config.params.target_size}"
-    data["dataset_config"]["params"]["transforms"][0]["params"]["size"] = size
-    config = load([*write(data=data), "data.dataset_config.params.target_size=48"])
-    assert config.data.dataset_config["params"]["transforms"][0]["params"]["size"] == 48
-    assert "${" not in OmegaConf.to_yaml(config.tree)
-
-
-def test_interpolation_works_in_overrides():
-    config = load([f"{SIZE}=${{data.dataset_config.params.target_size}}"])
-    assert config.data.dataset_config["params"]["transforms"][0]["params"]["size"] == 32
-
-
-@pytest.fixture
-def resolver():
-    """A registered resolver that says whether it was called."""
-    calls: list[Any] = []
-
-    def spy(*arguments: Any) -> str:
-        calls.append(arguments)
-        return "secret"
-
-    OmegaConf.register_resolver("spy", spy)
-    yield calls
-    OmegaConf.clear_resolver("spy")
-
-
-@pytest.mark.parametrize(
-    ("sections", "words"),
-    [
-        ({"train": {"weight": "${spy:HOME}"}}, []),
-        ({"train": {"weight": "a/${spy:}/b"}}, []),
-        ({"train": {"weight": "${train.${spy:seed}}"}}, []),
-        ({"train": {"sample_prompts": ["a", "${ spy:HOME }"]}}, []),
-        ({"model": "${spy:HOME}"}, []),
-        ({"train": "${spy:HOME}"}, []),
-        ({"plugins": "${spy:HOME}"}, []),
-        ({"plugins": {"snr": "${spy:HOME}"}}, []),
-        ({}, ["train.weight=${spy:HOME}"]),
-        ({}, ["model.params.x=[1, '${spy:HOME}']"]),
-        ({}, ["--weight", "${spy:HOME}"]),
-        ({}, ["--data_path=${spy:HOME}"]),
-        ({"train": {"save_path": "spy", "weight": "${${train.save_path}:HOME}"}}, []),
-        ({"data": "${spy:HOME}"}, ["--data_path", "x"]),
-        ({"data": "${spy:HOME}"}, ["data.per_batch_size=3"]),
-    ],
-)
-def test_resolvers_are_refused_wherever_they_stand_and_never_called(
-    site, write, resolver, sections, words
-):
-    site.add("snr", "gamma: float = 5.0")
-    with pytest.raises(ConfigError, match="calls a resolver, which a config may not"):
-        load([*write(**sections), *words])
-    assert resolver == []
-
-
-def test_two_texts_may_not_make_a_resolver_together(write, resolver):
-    train = {
-        "save_path": "$",
-        "resume": "{spy:HOME}",
-        "weight": "${train.save_path}${train.resume}",
-    }
-    refuse(write(train=train), r"^train\.weight: '\$\{spy:HOME\}' would be filled in once more")
-    assert resolver == []
-
-
-def test_a_colon_outside_an_interpolation_is_no_resolver(write):
-    train = {"weight": "a: ${train.save_path}: {b: c}", "save_path": "there"}
-    assert load(write(train=train)).train.weight == "a: there: {b: c}"
-
-
-def test_a_flag_reaches_what_refers_to_its_key(write):
-    """Interpolations are filled in last; the key need not be in the file."""
-    data = default()["data"]
-    train = {"weight": "${data.dataset_config.params.data_path}/w"}
-    config = load([*write(data=data, train=train), "--data_path", "there"])
-    assert config.train.weight == "there/w"
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"train": {"weight": "${train.nothing}"}}, r"^train\.weight: .*train\.nothing.*not found"),
-        ({"train": {"weight": "${train.weight}"}}, r"^train\.weight: "),
-        ({"train": {"weight": "${"}}, r"mine\.yaml: "),
-        ({"model": "${nowhere}"}, r"model.*nowhere"),
-        ({"train": "${nowhere}"}, r"train.*nowhere"),
-        ({"plugins": {"snr": "${nowhere}"}}, r"plugins\.snr.*nowhere"),
-    ],
-)
-def test_an_interpolation_that_leads_nowhere_is_refused(site, write, sections, message):
-    site.add("snr", "gamma: float = 5.0")
-    refuse(write(**sections), message)
 
 
 # ---- the guide's flags

@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sdxl_host.config.mindone import weight_name
 from sdxl_host.errors import DataError
 from sdxl_host.files.tensors import DTYPES, Tensors, read_pieces
 from sdxl_host.weights.formats.single_file import without_extras
@@ -104,12 +105,10 @@ def open_mindspore(path: Path) -> Source:
 
 
 def _single_file_name(tag: str) -> str:
-    """MindONE's name -> the single file's name, without `_backbone` of its wrapper cells."""
-    words = [word for word in tag.split(".") if word != "_backbone"]
-    words[-1] = _LAST_WORDS.get(words[-1], words[-1])
-    if words[0] == "diffusion_model":
-        words.insert(0, "model")
-    return ".".join(words)
+    """The single file's name: there a norm's `gamma` and `beta` and an embedding's table are called
+    as in torch."""
+    head, dot, last = weight_name(tag).rpartition(".")
+    return f"{head}{dot}{_LAST_WORDS.get(last, last)}"
 
 
 def _walk(view: mmap.mmap) -> dict[str, _Stored]:
