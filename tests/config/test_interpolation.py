@@ -68,6 +68,7 @@ def resolver():
         ({"train": {"save_path": "spy", "weight": "${${train.save_path}:HOME}"}}, []),
         ({"data": "${spy:HOME}"}, ["--data_path", "x"]),
         ({"data": "${spy:HOME}"}, ["data.per_batch_size=3"]),
+        ({}, ["model.params.x=${spy:HOME}", "model.params.x.y=1"]),
     ],
 )
 def test_resolvers_are_refused_wherever_they_stand_and_never_called(

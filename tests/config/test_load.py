@@ -145,6 +145,7 @@ def test_an_override_is_read_as_yaml_would(text, value):
         ("train.seed=???", r"^train\.seed: '\?\?\?' does not fit its type, int"),
         ("train.save_path=???", r"^train: .*save_path"),
         ("data.per_batch_size.x=1", r"^data\.per_batch_size: "),
+        ("plugins.snr=5", r"^plugins\.snr: must be a mapping, not 5; write its options below it$"),
         ("seed=1", r"^seed=1: not understood"),
         ("word", r"^word: not understood"),
     ],

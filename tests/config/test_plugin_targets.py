@@ -189,6 +189,14 @@ def test_a_known_plugin_that_is_not_installed_is_named(site, tmp_path: Path, nam
         read(config(tmp_path, {"target": f"gm.modules.anything.{name}"}))
 
 
+def test_a_name_that_the_host_serves_is_no_plugins(site, tmp_path: Path) -> None:
+    """MindONE's names for the host's parts, too."""
+    ours = ["gm.modules.diffusionmodules.denoiser_scaling.EpsScaling", "sdxl_host.EpsScaling"]
+    site.add("twist", source=SOURCE, targets=ours)
+    for name in ours:
+        assert read(config(tmp_path, {"target": name})).plugins == ()
+
+
 def test_a_config_without_foreign_targets_imports_nothing(twisted, tmp_path: Path) -> None:
     import sys
 
