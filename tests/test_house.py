@@ -17,7 +17,6 @@ LONGER = {
     "plugins/sdxl_lpw/tests/test_lpw.py",
     "sdxl_host/testing/checks.py",
     "tests/commands/test_plan.py",
-    "tests/config/test_load.py",
     "tests/plugins/test_broken_plugins.py",
     "tests/plugins/test_hooks.py",
     "tests/testing/test_kit.py",

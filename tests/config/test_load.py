@@ -144,6 +144,10 @@ def test_an_override_is_read_as_yaml_would(text, value):
         ("train.device_target=GPU", r"^train\.device_target: 'GPU'.*auto, CPU, Ascend"),
         ("train.seed=???", r"^train\.seed: '\?\?\?' does not fit its type, int"),
         ("train.save_path=???", r"^train: .*save_path"),
+        (
+            "train.sink_queue_size=0",
+            r"^train\.sink_queue_size: a queue of 0 steps .*; give at least 1",
+        ),
         ("data.per_batch_size.x=1", r"^data\.per_batch_size: "),
         ("plugins.snr=5", r"^plugins\.snr: must be a mapping, not 5; write its options below it$"),
         ("seed=1", r"^seed=1: not understood"),
