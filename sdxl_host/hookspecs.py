@@ -78,7 +78,7 @@ def encode_prompt(prompts: Sequence[str], encoders: TextEncoders) -> PromptEmbed
     """Called for each batch, in training and in sampling: what the prompts become.
 
     prompts: B strings. encoders: the frozen text encoders. A pure function of the prompts, because
-    each worker calls it for its own share of the batch. A claim that encodes lower-case text:
+    each rank calls it for its part of the global batch. A claim that encodes lower-case text:
 
         @hookimpl
         def encode_prompt(self, prompts, encoders):

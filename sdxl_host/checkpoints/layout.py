@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 __all__ = [
-    "AVERAGES_FILE",
     "CHECKPOINTS",
     "CONFIG_FILE",
+    "EMA_FILE",
     "FORMAT",
     "FROZEN_FILE",
     "GONE",
@@ -26,7 +26,7 @@ FORMAT = 2
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 NETWORK_FILE = "network.safetensors"
 FROZEN_FILE = "frozen.safetensors"
-AVERAGES_FILE = "ema.safetensors"
+EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 OPTIMIZER_FILE = "optimizer.safetensors"

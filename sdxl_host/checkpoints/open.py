@@ -14,9 +14,9 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from sdxl_host.checkpoints.layout import (
-    AVERAGES_FILE,
     CHECKPOINTS,
     CONFIG_FILE,
+    EMA_FILE,
     FORMAT,
     FROZEN_FILE,
     LATEST,
@@ -45,7 +45,7 @@ class Checkpoint:
 
     step: of the run, updates made or skipped. versions: of the packages it was written with.
     plugins: name, distribution and version of each. record: what was learned and on what. counts:
-    of skipped updates, as `FiniteGuard` keeps them.
+    of skipped updates, as `training.state.RunState` has them.
     """
 
     folder: Path
@@ -72,13 +72,13 @@ class Checkpoint:
         return (self.folder / OPTIMIZER_FILE).is_file()
 
     @property
-    def has_averages(self) -> bool:
-        """Whether it keeps moving averages."""
-        return (self.folder / AVERAGES_FILE).is_file()
+    def has_ema(self) -> bool:
+        """Whether it keeps an EMA."""
+        return (self.folder / EMA_FILE).is_file()
 
-    def averages(self) -> Mapping[str, np.ndarray]:
-        """The moving averages of the trained parameters by name; empty where none were kept."""
-        return _stored(self.folder / AVERAGES_FILE) if self.has_averages else {}
+    def ema(self) -> Mapping[str, np.ndarray]:
+        """The EMA of the trained parameters by name; empty where none was kept."""
+        return _stored(self.folder / EMA_FILE) if self.has_ema else {}
 
     def optimizer_state(self) -> Mapping[str, np.ndarray]:
         """The optimizer's state by name."""

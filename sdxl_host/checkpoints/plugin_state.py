@@ -19,14 +19,14 @@ def pack(state: Any, arrays: dict[str, np.ndarray], where: str = "state") -> Any
     """`state` as JSON values; its arrays go into `arrays`, each by a name that stands for it.
 
     Takes str, int, float, bool, None, lists, dicts with str keys and numpy arrays. Raises
-    TypeError naming the place of anything else.
+    TypeError naming where anything else stands.
     """
     if state is None or type(state) in (str, int, float, bool):
         return state
     if isinstance(state, np.ndarray):
         if state.dtype.name not in _SAVED:
             raise TypeError(f"{where} is an array of {state.dtype.name}; only numbers can be saved")
-        # A number first, because two places can spell the same: {"a.b": x} and {"a": {"b": x}}.
+        # A number first, because two paths can spell the same: {"a.b": x} and {"a": {"b": x}}.
         name = f"{len(arrays)} {where}"
         arrays[name] = state
         return {_ARRAY: name}

@@ -20,8 +20,8 @@ import importlib_metadata
 import numpy as np
 
 from sdxl_host.checkpoints.layout import (
-    AVERAGES_FILE,
     CONFIG_FILE,
+    EMA_FILE,
     FORMAT,
     FROZEN_FILE,
     GONE,
@@ -51,7 +51,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Contents:
     """What goes into a checkpoint, its arrays by name; one mapping of them is read after the other.
 
-    config: YAML text. network, frozen: all weights. averages: of the trained ones; empty for none.
+    config: YAML text. network, frozen: all weights. ema: of the trained ones; empty for none.
     optimizer: its state, or None for a checkpoint that can't be resumed. The rest as `Checkpoint`
     has it; export: called with the new folder, to add files of its own.
     """
@@ -60,7 +60,7 @@ class Contents:
     config: str
     network: Mapping[str, np.ndarray]
     frozen: Mapping[str, np.ndarray]
-    averages: Mapping[str, np.ndarray]
+    ema: Mapping[str, np.ndarray]
     optimizer: Mapping[str, np.ndarray] | None
     counts: Mapping[str, int]
     plugin_states: Mapping[str, Any]
@@ -84,8 +84,8 @@ def save_checkpoint(parent: Path, contents: Contents) -> Path:
         partial.mkdir()
         write_arrays(partial / NETWORK_FILE, contents.network, metadata)
         known = {FROZEN_FILE: _write_frozen(parent, partial / FROZEN_FILE, contents.frozen)}
-        if contents.averages:
-            write_arrays(partial / AVERAGES_FILE, contents.averages, metadata)
+        if contents.ema:
+            write_arrays(partial / EMA_FILE, contents.ema, metadata)
         if contents.optimizer is not None:
             write_arrays(partial / OPTIMIZER_FILE, contents.optimizer, {})
         write_new(partial / CONFIG_FILE, contents.config.encode("utf-8"))
@@ -192,11 +192,11 @@ def _clear_leftovers(parent: Path) -> None:
     """Removes what a crash left half-written; a checkpoint that was making way for a new one of
     its step comes back where the new one did not arrive."""
     for old in parent.glob(f"{OLD}step_*"):
-        place = parent / old.name.removeprefix(OLD)
-        if place.exists():
+        folder = parent / old.name.removeprefix(OLD)
+        if folder.exists():
             shutil.rmtree(old)
         else:
-            os.rename(old, place)
+            os.rename(old, folder)
     for kind in (PARTIAL, GONE):
         for leftover in parent.glob(f"{kind}step_*"):
             shutil.rmtree(leftover)

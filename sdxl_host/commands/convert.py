@@ -38,7 +38,7 @@ def convert(arguments: Sequence[str]) -> int:
     parser.add_argument("--head_width", type=int, metavar="N",
                         help="of an attention head, where SRC does not say it [64]")  # fmt: skip
     parser.add_argument("--last-weights", action="store_true",
-                        help="of a checkpoint that keeps moving averages, the weights of its last "
+                        help="of a checkpoint that keeps an EMA, the weights of its last "
                              "step instead")  # fmt: skip
     parser.add_argument("--allow-unmarked-objective", action="store_true",
                         help="write a single file even where other programs can't tell what the "
@@ -78,7 +78,7 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
     from sdxl_host.device import prepare_device
 
     prepare_device("CPU")
-    from sdxl_host.checkpoints.layout import AVERAGES_FILE
+    from sdxl_host.checkpoints.layout import EMA_FILE
     from sdxl_host.weights.export import write_diffusers, write_single_file
     from sdxl_host.weights.metadata import (
         SDXL_SCALE_FACTOR,
@@ -91,9 +91,9 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
     from sdxl_host.weights.open import open_all
     from sdxl_host.weights.shapes import complete
 
-    if options.last_weights and not any((path / AVERAGES_FILE).is_file() for path in paths):
+    if options.last_weights and not any((path / EMA_FILE).is_file() for path in paths):
         raise ConfigError(
-            "--last-weights: SRC keeps no moving averages, so its weights are those of the last "
+            "--last-weights: SRC keeps no EMA, so its weights are those of the last "
             "step; leave the flag out"
         )
     source = open_all(paths, use_ema=not options.last_weights)

@@ -64,7 +64,7 @@ def _parser() -> Parser:
     add("--weight", metavar="PATH", help="a file or folder of weights, as for training")
     add("--config", metavar="FILE", help=f"the model of --weight [{_CONFIG}]")
     add("--use_ema", type=_truth, metavar="BOOL",
-        help="draw from a checkpoint's moving averages [where it keeps them]")  # fmt: skip
+        help="draw from a checkpoint's EMA [where it keeps one]")  # fmt: skip
     add("--prompt", required=True, action="append", help="give it once an image")
     add("--negative_prompt", metavar="TEXT", help="what guidance leads away from [zero embedding]")
     add("--steps", type=int, default=25, help="sampling steps [25]")

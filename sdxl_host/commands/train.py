@@ -29,11 +29,10 @@ def run(config: RunConfig) -> int:
     use_compile_cache(config)
     prepare_device(config.train.device_target)
     limit_memory(config.train.max_device_memory)
+    from sdxl_host.training.build import make_trainer
     from sdxl_host.training.distributed import join
-    from sdxl_host.training.trainer import Trainer
 
-    workers = join(config.train.is_parallel)
-    return Trainer(config, _say, workers).run()
+    return make_trainer(config, _say, join(config.train.is_parallel)).run()
 
 
 def _say(line: str) -> None:

@@ -71,8 +71,8 @@ _VERBOSE = "metrics.jsonl holds every learning rate"
 # Params that have no effect here, by our target, and why; a dotted one is a key within a param.
 IDLE_PARAMS: dict[str, dict[str, str]] = {
     "DiffusionEngine": {
-        "use_ema": "moving averages are train.use_ema",
-        "ema_decay_rate": "moving averages are train.use_ema",
+        "use_ema": "the EMA is train.use_ema",
+        "ema_decay_rate": "the EMA is train.use_ema",
         "input_key": "datasets here give images one name",
         "log_keys": "nothing here reads it",
         "load_first_stage_model": "parts are built when they are first used",

@@ -22,7 +22,7 @@ from sdxl_host.plugins.attribution import AttributedError, Plugin, attribute_cha
 from sdxl_host.plugins.chain import HookCall, Link
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed, make_instance
-from sdxl_host.plugins.roles import Implementation, implementations
+from sdxl_host.plugins.roles import implementations
 from sdxl_host.plugins.selection import SelectedPlugin
 
 if TYPE_CHECKING:
@@ -147,11 +147,6 @@ class Hooks:
             if "on_step_end" in implemented and answered:
                 found.append((plugin.installed, answered[0]))
         return found
-
-    def observing_plugins(self) -> set[str]:
-        """The names of the plugins that observe steps."""
-        observer = Implementation("on_step_end", "observes")
-        return {name for name, roles in self._roles.items() if observer in roles}
 
     def describe(self) -> list[str]:
         """One line a plugin: its package and what it does to which hook."""

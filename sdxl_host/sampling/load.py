@@ -25,7 +25,7 @@ def restore_sampler(
 ) -> tuple[ImageSampler, list[str]]:
     """A sampler with the checkpoint's weights and hooks, and lines that say what it is.
 
-    use_ema: draw from the moving averages; None for where the checkpoint keeps them. told: fields
+    use_ema: draw from the EMA; None for where the checkpoint keeps one. told: fields
     of `Conditions` that differ from what the model was trained on. Raises HostError when the folder
     is no whole checkpoint, or a plugin it was trained with is not installed.
     """
@@ -40,20 +40,20 @@ def restore_sampler(
         aesthetic_score=record.get("aesthetic_score", Conditions.aesthetic_score),
     )
     conditions = _conditions(model, trained, told)
-    has_averages = checkpoint.has_averages
-    if use_ema and not has_averages:
+    if use_ema and not checkpoint.has_ema:
         raise ConfigError(
-            f"--use_ema True: {folder} keeps no moving averages, because it was trained without; "
+            f"--use_ema True: {folder} keeps no EMA, because it was trained without; "
             "leave the flag out"
         )
-    averaged = has_averages if use_ema is None else use_ema
+    if use_ema is None:
+        use_ema = checkpoint.has_ema
     settings, notes = drawing_settings(config.train)
-    build_networks(model, settings.seed, checkpoint=checkpoint, use_ema=averaged)
+    build_networks(model, settings.seed, checkpoint=checkpoint, use_ema=use_ema)
     set_precision(model, settings)
     hooks.load_state_dict(checkpoint.plugin_states())
     names = ", ".join(f"{p['name']} {p['version']}" for p in checkpoint.plugins) or "none"
     lines = [
-        f"checkpoint  {folder} (step {checkpoint.step}{', moving averages' if averaged else ''})",
+        f"checkpoint  {folder} (step {checkpoint.step}{', EMA' if use_ema else ''})",
         f"plugins     {names}",
         _objective(model),
     ]

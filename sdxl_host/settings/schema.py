@@ -105,7 +105,7 @@ class TrainSettings:
     )
     use_ema: bool = setting(
         False,
-        help="keep a moving average of the weights; images are drawn from it",
+        help="keep an EMA of the weights; images are drawn from it",
         touches="numbers",
     )
     ema_decay: float = setting(

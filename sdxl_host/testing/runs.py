@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -187,14 +187,14 @@ def train_tiny(
         own += ["--resume", str(folder / "run" / resume.resolve().relative_to(run))]
     given = [*own, *flags]
     config = tiny_config(plugins, folder=folder, options=options, flags=given, visible=visible)
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     lines: list[str] = []
-    trainer = Trainer(config, lines.append)
+    trainer = make_trainer(config, lines.append)
+    trainer.observers = [o for o in trainer.observers if type(o).__name__ not in without]
     if prepare is not None:
         prepare(trainer)
-    with _left_out(without):
-        trainer.run()
+    trainer.run()
     metrics = (trainer.save_path / "metrics.jsonl").read_bytes()
     return TinyRun(
         losses=[json.loads(line)["loss"] for line in metrics.splitlines()],
@@ -203,33 +203,6 @@ def train_tiny(
         save_path=trainer.save_path,
         lines=tuple(lines),
     )
-
-
-@contextmanager
-def _left_out(names: Sequence[str]) -> Iterator[None]:
-    """Inside, a trainer that begins has observers that do nothing in the place of these."""
-    from sdxl_host.training import trainer
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(setattr, trainer, name, getattr(trainer, name))
-            setattr(trainer, name, _Idle)
-        yield
-
-
-class _Idle:
-    """An observer that does nothing and has nothing to show."""
-
-    last = None
-
-    def __init__(self, *arguments: Any) -> None:
-        """Takes what the one in whose place it is takes."""
-
-    def on_step_end(self, trainer: Trainer, result: Any) -> None:
-        """Nothing is done."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 @cache

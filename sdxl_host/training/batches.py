@@ -5,7 +5,7 @@ Nothing here depends on a hook, so the next step's batch is prepared in a thread
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +19,17 @@ __all__ = ["Batch", "Batches"]
 
 @dataclass(frozen=True)
 class Batch:
-    """What a worker needs of one step: S of its G samples, and of the others what hooks are told.
+    """What a rank needs of one step: its S of the G samples, and what hooks see of all G.
 
-    names: of all G samples. level_u: (G,) uniforms for the noise levels. Of the worker's own, in
-    their order: captions; pixels (S, 3, H, W) float32; sizes, (S, 2) for each size key; noise
-    (S, C, h, w) float32, unit noise with its offset; posterior, unit noise of that shape for a
-    first stage that samples its latents, else None; dropout_u (S,), uniforms for caption dropout.
+    Of all G samples: ids, the images' names; level_u (G,), uniforms for the noise levels. Of this
+    rank's S, in their order: captions; pixels (S, 3, H, W) float32; sizes, (S, 2) for each size
+    key; noise (S, C, h, w) float32, unit noise with its offset; posterior, unit noise of that shape
+    for a first stage that samples its latents, else None; dropout_u (S,), uniforms for caption
+    dropout.
     """
 
     step: int
-    names: list[str]
+    ids: list[str]
     level_u: np.ndarray
     captions: list[str]
     pixels: np.ndarray
@@ -41,53 +42,77 @@ class Batch:
 class Batches:
     """The batch of any step, a function of (seed, step).
 
-    places: the worker's own, within the global batch. latent_shape: (C, h, w) of the noise.
+    positions: this rank's samples within the global batch. latent_shape: (C, h, w) of the noise.
     offset_noise_level: standard deviation of the constant added to each channel's noise.
-    is_sampled: whether the first stage takes noise. threads: how many load images.
+    is_sampled: whether the first stage takes noise. threads: how many load images. total: the last
+    step. ahead: how many batches after the one in use are prepared beside it.
     """
 
     def __init__(
         self,
         dataset: Text2ImageDataset,
         order: Order,
-        places: range,
+        positions: range,
         seed: int,
         latent_shape: tuple[int, int, int],
         offset_noise_level: float,
         is_sampled: bool,
+        *,
         threads: int,
+        total: int,
+        ahead: int = 1,
     ) -> None:
         self._dataset = dataset
         self._order = order
-        self._places = places
+        self._positions = positions
         self._seed = seed
         self._latent_shape = latent_shape
         self._offset = np.float32(offset_noise_level)
         self._is_sampled = is_sampled
+        self._total = total
+        self._ahead = ahead
         self._loaders = ThreadPoolExecutor(threads, "images")
+        self._preparer = ThreadPoolExecutor(1, "batches")
+        self._prepared: dict[int, Future[Batch]] = {}
 
-    def batch(self, step: int) -> Batch:
+    def get(self, step: int) -> Batch:
+        """The batch of `step`, and begins to prepare those after it; asked for in order of steps.
+
+        Raises DataError naming an image that can't be read.
+        """
+        batch = self._prepare(step).result()
+        del self._prepared[step]
+        for following in range(step + 1, min(step + self._ahead, self._total) + 1):
+            self._prepare(following)
+        return batch
+
+    def _prepare(self, step: int) -> Future[Batch]:
+        if step not in self._prepared:
+            self._prepared[step] = self._preparer.submit(self.make, step)
+        return self._prepared[step]
+
+    def make(self, step: int) -> Batch:
         """The batch of `step`, from 1. Raises DataError naming an image that can't be read."""
-        indices, places = self._order.indices(step), self._places
+        indices, positions = self._order.indices(step), self._positions
         samples: list[Sample] = list(
             self._loaders.map(
-                lambda place: self._dataset.sample(
-                    indices[place], generator(self._seed, Stream.CROP, step, place)
+                lambda position: self._dataset.sample(
+                    indices[position], generator(self._seed, Stream.CROP, step, position)
                 ),
-                places,
+                positions,
             )
         )
-        noise = normals(self._seed, Stream.NOISE, step, places, self._latent_shape)
+        noise = normals(self._seed, Stream.NOISE, step, positions, self._latent_shape)
         if self._offset:
             # Part of the noise itself, in the network's input and in its target alike.
             channels = (self._latent_shape[0], 1, 1)
-            noise += self._offset * normals(self._seed, Stream.OFFSET, step, places, channels)
+            noise += self._offset * normals(self._seed, Stream.OFFSET, step, positions, channels)
         posterior = None
         if self._is_sampled:
-            posterior = normals(self._seed, Stream.POSTERIOR, step, places, self._latent_shape)
+            posterior = normals(self._seed, Stream.POSTERIOR, step, positions, self._latent_shape)
         return Batch(
             step=step,
-            names=[self._dataset.images[index].name for index in indices],
+            ids=[self._dataset.images[index].name for index in indices],
             level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, range(len(indices))),
             captions=[sample.caption for sample in samples],
             pixels=np.stack([sample.pixels for sample in samples]),
@@ -97,9 +122,10 @@ class Batches:
             },
             noise=noise,
             posterior=posterior,
-            dropout_u=uniforms(self._seed, Stream.DROPOUT, step, places),
+            dropout_u=uniforms(self._seed, Stream.DROPOUT, step, positions),
         )
 
     def close(self) -> None:
-        """Ends the loading threads."""
+        """Ends the threads."""
+        self._preparer.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)

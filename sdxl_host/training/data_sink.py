@@ -1,17 +1,16 @@
 """Data sink: many steps in one call, fed from a queue on the device.
 
-The host fills the queue's columns step by step, hooks included, and reads what the steps gave from
-rings that they leave behind, because `ms.data_sink` answers with the last step's output alone. The
-learning rate is no column: the step looks it up in its rows of the update table.
+The loop gives `SinkRunner` the inputs of one step after the other; with the last one of a call it
+runs them all, and returns the outputs of all. They come from rings in which each step leaves
+them, because `ms.data_sink` returns the last step's output alone.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import SimpleQueue
 
 import mindspore as ms
 import numpy as np
@@ -30,11 +29,10 @@ from sdxl_host.training.update_table import UpdateRows
 __all__ = [
     "COLUMNS",
     "FixedCaptions",
+    "SinkRunner",
     "SinkStep",
     "check",
     "device_queue",
-    "outputs",
-    "plain_loop",
 ]
 
 COLUMNS = ("latents", "noise", "coefficients", "context", "vector", "mask")
@@ -43,7 +41,7 @@ COLUMNS = ("latents", "noise", "coefficients", "context", "vector", "mask")
 _MOST_CAPTIONS = 4096
 _CAPTIONS_AT_ONCE = 16
 
-# Columns are made ahead of the steps, so nothing of a step may come back into a later one's.
+# The inputs of a call's steps are all made before it, so no step's may depend on an earlier result.
 _FEEDBACK = ("sample_timesteps", "weight_loss")
 
 
@@ -105,23 +103,23 @@ class SinkStep(nn.Cell):
         self.size = size
         self.numbers = _ring("sink_numbers", (size, 5))
         self.losses = _ring("sink_losses", (size, samples))
-        self.place = Parameter(Tensor(0, ms.int32), name="sink_place", requires_grad=False)
+        self.position = Parameter(Tensor(0, ms.int32), name="sink_position", requires_grad=False)
 
     def construct(self, latents, noise, coefficients, context, vector, mask):
         """One update, from the columns in the order of `COLUMNS`; returns its loss."""
         loss, losses, norm, finite, rate, scale = self.step.construct(
             latents, noise, coefficients, context, vector, mask
         )
-        is_row = ops.equal(self.rows, self.place)
+        is_row = ops.equal(self.rows, self.position)
         row = ops.stack((loss, norm, finite.astype(ms.float32), rate, scale)).reshape(1, -1)
         kept = ops.assign(self.numbers, ops.select(is_row, row, self.numbers))
         kept_losses = ops.assign(
             self.losses, ops.select(is_row, losses.reshape(1, -1), self.losses)
         )
         following = ops.select(
-            self.place + 1 < self.size, self.place + 1, ops.zeros_like(self.place)
+            self.position + 1 < self.size, self.position + 1, ops.zeros_like(self.position)
         )
-        moved = ops.assign(self.place, ops.depend(following, (kept, kept_losses)))
+        moved = ops.assign(self.position, ops.depend(following, (kept, kept_losses)))
         return ops.depend(loss, moved)
 
     def outputs(self) -> list[tuple[Tensor, ...]]:
@@ -129,17 +127,17 @@ class SinkStep(nn.Cell):
         numbers, losses = self.numbers.asnumpy().copy(), self.losses.asnumpy().copy()
         return [
             (
-                *(Tensor(row[0]), Tensor(own), Tensor(row[1]), Tensor(row[2] > 0)),
+                *(Tensor(row[0]), Tensor(samples), Tensor(row[1]), Tensor(row[2] > 0)),
                 *(Tensor(row[3]), Tensor(row[4])),
             )
-            for row, own in zip(numbers, losses, strict=True)
+            for row, samples in zip(numbers, losses, strict=True)
         ]
 
 
 class FixedCaptions:
-    """The embeddings of a dataset's captions, all made beforehand: prompts to `PromptEmbedding`.
+    """The embeddings of a dataset's captions, all made beforehand: captions to `PromptEmbedding`.
 
-    Raises ConfigError for more captions than there is room for, and PluginError where their
+    Raises ConfigError for more captions than memory has room for, and PluginError where their
     contexts are of several lengths: the queue's columns have one.
     """
 
@@ -174,68 +172,89 @@ class FixedCaptions:
         return PromptEmbedding(context, pooled, attended if self._is_masked else None)
 
 
-def outputs(
-    step: SinkStep,
-    table: np.ndarray,
-    prepared: Iterator[tuple[Any, Sequence[np.ndarray]]],
-    calls: int,
-    feed: Callable[[SinkStep, Iterator[Sequence[np.ndarray]], int], Callable[[], None]],
-    state: Callable[[], dict[str, Any]],
-) -> Iterator[tuple[Any, tuple[Tensor, ...], bool, dict[str, Any]]]:
-    """Each step's own, its outputs, whether it ends a call, and the plugins' state after its hooks.
+class SinkRunner:
+    """Runs `step.size` steps in a call, when it has the inputs of them all.
 
-    table: as for `StepRunner`. prepared: what belongs to a step and its columns, step by step.
-    calls: of `step.size` steps each. feed: `device_queue` or `plain_loop`. state: the plugins'
-    state now; columns are made ahead, so what a checkpoint needs is the state as it was after a
-    step's own.
+    table: as for `StepRunner`. total: steps that the run has left. queue_size: steps that the queue
+    holds; -1 leaves it to MindSpore.
     """
-    made: list[tuple[Any, dict[str, Any]]] = []
 
-    def columns() -> Iterator[Sequence[np.ndarray]]:
-        for own, arrays in prepared:
-            made.append((own, copy.deepcopy(state())))
-            yield arrays
+    def __init__(
+        self,
+        step: SinkStep,
+        table: np.ndarray,
+        total: int,
+        queue_size: int = -1,
+        jit_level: str = "O0",
+    ) -> None:
+        self._step = step
+        self._update_rows = UpdateRows(step.step, table)
+        self._total = total
+        self._options = queue_size, jit_level
+        self._rows: SimpleQueue[Sequence[np.ndarray] | None] = SimpleQueue()
+        self._waiting = 0
+        self._call: Callable[[], None] | None = None
 
-    call = feed(step, columns(), calls)
-    rows = UpdateRows(step.step, table)
-    for _ in range(calls):
-        rows.provide(step.size)
-        call()
-        for index, outputs in enumerate(step.outputs()):
-            own, after = made.pop(0)
-            yield own, outputs, index == step.size - 1, after
+    def __call__(self, batches: Iterable[Sequence[np.ndarray]], /) -> list[tuple[Tensor, ...]]:
+        """Takes the inputs of one step, which is one batch. Returns nothing until a call is full,
+        and then the outputs of its steps, in order, as `TrainStep.construct` returns them."""
+        (arrays,) = batches
+        self._rows.put(arrays)
+        self._waiting += 1
+        if self._waiting < self._step.size:
+            return []
+        self._waiting = 0
+        if self._call is None:
+            self._call = device_queue(self._step, self._taken(), self._total, *self._options)
+        self._update_rows.provide(self._step.size)
+        self._call()
+        return self._step.outputs()
+
+    def close(self) -> None:
+        """Lets the thread end that waits for rows, where a run ends before its last step."""
+        self._rows.put(None)
+
+    def _taken(self) -> Iterator[Sequence[np.ndarray]]:
+        """The rows, as steps give them. After `close` the last one again and again, because
+        MindSpore's thread counts on as many as there are steps."""
+        row: Sequence[np.ndarray] = ()
+        for taken in range(self._total):
+            following = self._rows.get()
+            if following is None:
+                yield from itertools.repeat(row, self._total - taken)
+                return
+            row = following
+            yield row
 
 
 def device_queue(
     step: SinkStep,
-    columns: Iterator[Sequence[np.ndarray]],
-    calls: int,
-    queue_size: int = -1,
-    jit_level: str = "O0",
+    rows: Iterator[Sequence[np.ndarray]],
+    total: int,
+    queue_size: int,
+    jit_level: str,
 ) -> Callable[[], None]:
-    """A function that runs `step.size` steps from Ascend's queue, which `columns` fill; the first
-    row is made at once.
+    """A function that runs `step.size` steps from Ascend's queue, which a thread of MindSpore fills
+    with `rows`. The first row must be there at once; the thread waits for the others.
 
-    queue_size: steps that the queue holds; -1 leaves it to MindSpore.
+    total: how many rows there are. queue_size: as for `SinkRunner`.
     """
     import mindspore.dataset as ds
 
-    first = next(columns)
+    first = next(rows)
     is_running = False
 
-    def rows() -> Iterator[Sequence[np.ndarray]]:
+    def generate() -> Iterator[Sequence[np.ndarray]]:
         # MindSpore runs a generator to learn its size and shapes; the real one must wait for that.
         if is_running:
-            yield from itertools.chain([first], columns)
+            yield from itertools.chain([first], rows)
         else:
             yield from itertools.repeat([np.zeros_like(array) for array in first], total)
 
-    total = calls * step.size
     if queue_size > 0:
         os.environ["MS_DATASET_SINK_QUEUE"] = str(queue_size)
-    # In the main process and one by one, because hooks are called in between.
     dataset = ds.GeneratorDataset(
-        rows,
+        generate,
         list(COLUMNS),
         num_parallel_workers=1,
         python_multiprocessing=False,
@@ -247,22 +266,10 @@ def device_queue(
     dataset.output_shapes()
     dataset.output_types()
     is_running = True
-    sunk = ms.data_sink(step, dataset, sink_size=step.size, jit_config=ms.JitConfig(jit_level))
+    run = ms.data_sink(step, dataset, sink_size=step.size, jit_config=ms.JitConfig(jit_level))
 
     def call() -> None:
-        sunk()
-
-    return call
-
-
-def plain_loop(
-    step: SinkStep, columns: Iterator[Sequence[np.ndarray]], calls: int
-) -> Callable[[], None]:
-    """The same by a loop on any device: what the queue must be equal to."""
-
-    def call() -> None:
-        for _ in range(step.size):
-            step(*(Tensor(array) for array in next(columns)))
+        run()
 
     return call
 

@@ -7,62 +7,127 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
-from sdxl_host.checkpoints.layout import CHECKPOINTS, checkpoint_folder
-from sdxl_host.checkpoints.write import remove_older
+from sdxl_host.checkpoints.layout import checkpoint_folder
+from sdxl_host.checkpoints.write import Contents, remove_older, save_checkpoint
 from sdxl_host.errors import DataError, HostError
 from sdxl_host.files.atomic import open_no_follow, write_file
-from sdxl_host.plugins.step_result import StepResult
+from sdxl_host.plugins.step_result import StepResult, TrainerView
+from sdxl_host.sampling.grid import save_grid
+from sdxl_host.sampling.pipeline import ImageSampler
+from sdxl_host.sampling.samplers import none_if_auto
 from sdxl_host.settings.schema import TrainSettings
+from sdxl_host.training.distributed import Ranks
+from sdxl_host.training.signals import Interruption
+from sdxl_host.training.state import RunState
 
-if TYPE_CHECKING:
-    from sdxl_host.sampling.pipeline import ImageSampler
-    from sdxl_host.training.trainer import Trainer
-
-__all__ = ["Agreement", "Checkpoints", "FiniteGuard", "Grids", "Metrics", "Progress"]
+__all__ = [
+    "Checkpoints",
+    "FiniteGuard",
+    "Grids",
+    "Metrics",
+    "Observer",
+    "Progress",
+    "RunView",
+    "SharedStop",
+]
 
 
 # Skipped steps in a row that end a run: as many halvings take the largest loss scale, 2^24, to 1.
 _OVERFLOWS = 24
 
 
-class Agreement:
-    """Lets all workers stop after the same step, whichever of them was asked to."""
+class RunView(TrainerView, Protocol):
+    """What the host's observers read of a run, beside what plugins may.
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """After the plugins, before whatever asks whether this is the last step."""
-        trainer.agree_to_stop()
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class FiniteGuard:
-    """Ends a run whose loss or gradients are not finite; such an update was not applied.
-
-    is_scaled: with a loss scale gradients may overflow now and then, which halves it; metrics.jsonl
-    says so, and only many such steps in a row end the run.
+    is_last: whether the run ends after this step. is_interrupted: whether a signal ended it.
+    stop_reason: why it is to end early, or None. logged: numbers for this step's line, by name.
     """
 
-    def __init__(self, is_scaled: bool) -> None:
-        self._is_scaled = is_scaled
-        self._in_a_row = 0
-        self._skipped = 0
+    is_interrupted: bool
+    stop_reason: str | None
+    logged: dict[str, float]
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+    @property
+    def is_last(self) -> bool: ...
+
+    def stop(self, reason: str, is_interruption: bool = False) -> None: ...
+
+
+class Observer:
+    """Watches a run: entered before its first step, left after its last. This one does nothing."""
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes what is open."""
+
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
+        """Called after each step."""
+
+    def finish(self, trainer: RunView) -> None:
+        """Called in place of any step where a run that made its last step was killed before it had
+        ended: does what is left to do."""
+
+
+class SharedStop(Observer):
+    """Lets all ranks stop after the same step, whichever of them was asked to.
+
+    After the plugins, and before whatever asks whether this is the last step.
+    """
+
+    def __init__(self, ranks: Ranks, interruption: Interruption) -> None:
+        self._ranks = ranks
+        self._interruption = interruption
+
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
+        """Stops this rank where one is asked to; after a signal without drawing images."""
+        signal = self._interruption
+        if not self._ranks.any(trainer.stop_reason is not None or signal.number is not None):
+            return
+        if self._ranks.any(signal.number is not None):
+            name = signal.name or "a signal to another rank"
+            trainer.stop(f"interrupted by {name}", is_interruption=True)
+        elif trainer.stop_reason is None:
+            trainer.stop("as another rank asked")
+
+
+class FiniteGuard(Observer):
+    """Ends a run whose loss or gradients are not finite; such an update was not applied.
+
+    state: where skipped updates are counted. is_scaled: with a loss scale gradients may overflow
+    now and then, which halves it; metrics.jsonl shows it, and only many such steps in a row end the
+    run.
+    """
+
+    def __init__(self, state: RunState, is_scaled: bool) -> None:
+        self._state = state
+        self._is_scaled = is_scaled
+
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
         """Raises HostError naming the step, its noise levels and its images."""
-        self._in_a_row = self._in_a_row + 1 if result.skipped else 0
-        self._skipped += result.skipped
+        state = self._state
+        state.skipped += result.skipped
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
         if self._is_scaled:
             trainer.log("loss_scale", result.loss_scale)
             trainer.log("skipped", result.skipped)
-        if self._in_a_row > (_OVERFLOWS if self._is_scaled else 0):
+        if state.skipped_in_a_row > (_OVERFLOWS if self._is_scaled else 0):
             bad = [
                 name
                 for name, loss in zip(result.sample_ids, result.per_sample_loss, strict=True)
@@ -76,65 +141,58 @@ class FiniteGuard:
                 "these images"
             )
 
-    def counts(self) -> dict[str, int]:
-        """Updates skipped, in all and just now in a row."""
-        return {"skipped": self._skipped, "skipped_in_a_row": self._in_a_row}
 
-    def load_counts(self, counts: Mapping[str, int]) -> None:
-        """Takes back what `counts` gave."""
-        self._skipped, self._in_a_row = counts["skipped"], counts["skipped_in_a_row"]
-
-    def lines(self) -> list[str]:
-        """What the end of a run says of skipped updates."""
-        if not self._skipped:
-            return []
-        return [f"skipped     {self._skipped} updates, whose gradients were not finite"]
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class Metrics:
+class Metrics(Observer):
     """Writes metrics.jsonl: one line every `interval` steps, with what plugins logged.
 
     The lines hold nothing of the clock, so two equal runs write equal files. A resumed run keeps
     those up to its step that it would have written itself: not the last one of a shorter run. A
-    checkpoint's lines are on the disk before it is.
+    checkpoint, one every `saved_every` steps, comes after its lines are on the disk.
     """
 
-    def __init__(self, path: Path, interval: int, resumed_step: int, total: int) -> None:
+    def __init__(
+        self, path: Path, interval: int, saved_every: int, *, resumed_step: int, total: int
+    ) -> None:
+        self._path = path
         self._interval = interval
+        self._saved_every = saved_every
+        self._resumed_step = resumed_step
+        self._total = total
+        self._file: TextIO
+
+    def __enter__(self) -> Observer:
+        path, last = self._path, self._resumed_step
+        if last % self._interval and last != self._total:
+            last -= 1
         kept = []
         try:
-            if resumed_step and path.is_file():
-                is_kept = resumed_step % interval == 0 or resumed_step == total
-                last = resumed_step if is_kept else resumed_step - 1
+            if self._resumed_step and path.is_file():
                 lines = path.read_text("utf-8").splitlines()
                 kept = [line for line in lines if _step_of(line) in range(1, last + 1)]
             write_file(path, "".join(f"{line}\n" for line in kept).encode("utf-8"))
-            self._file = open(path, "a", encoding="utf-8", opener=open_no_follow)  # noqa: SIM115 - closed by close()
+            self._file = open(path, "a", encoding="utf-8", opener=open_no_follow)
         except OSError as error:
             raise _unwritable(path, error) from error
+        return self
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Adds this step's line, where it is to have one."""
-        try:
-            if result.step % self._interval == 0 or result.step == trainer.total_steps:
-                self._file.write(_line(trainer, result))
-                self._file.flush()
-            if _is_saved(trainer, result):
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _unwritable(self._file.name, error) from error
-
-    def close(self) -> None:
-        """Closes the file."""
-        # What is left in the buffer is a line that could not be written, as has been said then.
+    def __exit__(self, *error: object) -> None:
+        # What is left in the buffer is a line that could not be written, which was raised then.
         with contextlib.suppress(OSError):
             self._file.close()
 
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
+        """Adds this step's line, where it is to have one."""
+        try:
+            if result.step % self._interval == 0 or result.step == self._total:
+                self._file.write(_line(result, trainer.logged))
+                self._file.flush()
+            if result.step % self._saved_every == 0 or trainer.is_last:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
 
-def _line(trainer: Trainer, result: StepResult) -> str:
+
+def _line(result: StepResult, logged: dict[str, float]) -> str:
     numbers = {
         "step": result.step,
         "loss": result.loss,
@@ -143,16 +201,11 @@ def _line(trainer: Trainer, result: StepResult) -> str:
         "gradient_norm": result.gradient_norm,
         "mean_sigma": float(np.mean(result.noise.sigma)),
         "mean_weight": float(np.mean(result.loss_weight)),
-        **trainer.logged,
+        **logged,
     }
-    # Of a skipped step some numbers are not finite, which JSON has no word for.
-    told = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
-    return json.dumps(told) + "\n"
-
-
-def _is_saved(trainer: Trainer, result: StepResult) -> bool:
-    """Whether a checkpoint of this step is written."""
-    return result.step % trainer.config.train.save_ckpt_interval == 0 or trainer.is_last
+    # JSON has no NaN or infinity, which some numbers of a skipped step are.
+    finite = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+    return json.dumps(finite) + "\n"
 
 
 def _unwritable(file: Path | str, error: OSError) -> DataError:
@@ -167,21 +220,37 @@ def _step_of(line: str) -> int:
         return 0
 
 
-class Progress:
-    """A bar on a terminal, about twenty plain lines elsewhere."""
+class Progress(Observer):
+    """A bar on a terminal, about twenty plain lines elsewhere.
 
-    def __init__(self, first: int, total: int, batch: int, say: Callable[[str], None]) -> None:
-        self._batch = batch
-        self._say = say
+    first, total: steps. batch: samples of one. is_compiled: whether the first step compiles.
+    """
+
+    def __init__(
+        self, first: int, total: int, batch: int, is_compiled: bool, say: Callable[[str], None]
+    ) -> None:
         self._first = first
+        self._total = total
+        self._batch = batch
+        self._is_compiled = is_compiled
+        self._say = say
         self._every = max(1, (total - first + 1) // 20)
         self._started: float | None = None
         self._losses: list[float] = []
         self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=first - 1, unit="step", dynamic_ncols=True)
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+    def __enter__(self) -> Observer:
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total, initial=self._first - 1, unit="step", dynamic_ncols=True
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
         """Shows loss (mean of the steps since the last line), learning rate, speed, time left."""
         now = time.monotonic()
         # The first step compiles; the speed is that of the steps after it.
@@ -197,22 +266,17 @@ class Progress:
             )
             self._bar.update(1)
             return
-        if made % self._every and result.step != trainer.total_steps:
+        if made % self._every and result.step != self._total:
             return
-        left = (trainer.total_steps - result.step) * self._batch / speed if made else None
-        tail = "compiled" if trainer.config.train.ms_mode == 0 else "eager"
+        left = (self._total - result.step) * self._batch / speed if made else None
+        tail = "compiled" if self._is_compiled else "eager"
         if left is not None:
             tail = f"{speed:.1f} images/s, {_clock(left)} left"
         self._say(
-            f"step {result.step}/{trainer.total_steps}  loss {np.mean(self._losses):.4f}  "
+            f"step {result.step}/{self._total}  loss {np.mean(self._losses):.4f}  "
             f"lr {result.learning_rate:.2e}  {tail}"
         )
         self._losses.clear()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _clock(seconds: float) -> str:
@@ -224,42 +288,42 @@ def _clock(seconds: float) -> str:
     )
 
 
-class Grids:
-    """Draws the same prompts every `sample_interval` steps and at the end: samples/step_N.png."""
+class Grids(Observer):
+    """Draws the same prompts every `sample_interval` steps and at the end: samples/step_N.png.
+
+    make_sampler: called when images are first drawn. with_ema: inside, the network computes with
+    its EMA, where there is one.
+    """
 
     def __init__(
         self,
-        sampler: Callable[[], ImageSampler],
+        make_sampler: Callable[[], ImageSampler],
         prompts: Sequence[str],
         settings: TrainSettings,
+        with_ema: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._sampler = sampler
-        self._prompts = list(prompts)
+        self._sampler = cache(make_sampler)
+        self._prompts = prompts
         self._settings = settings
+        self._with_ema = with_ema
         self.last: Path | None = None
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
         """Draws now, if it is time."""
         interval = self._settings.sample_interval
-        due = interval and result.step % interval == 0
-        if (due or trainer.is_last) and not trainer.is_interrupted:
-            self._draw(trainer, self._file(trainer))
+        is_due = interval and result.step % interval == 0
+        if (is_due or trainer.is_last) and not trainer.is_interrupted:
+            self._draw(_file(trainer))
 
-    def finish(self, trainer: Trainer) -> None:
-        """Draws the last grid, if a run that made its last step ended before that."""
-        self.last = self._file(trainer)
+    def finish(self, trainer: RunView) -> None:
+        """Draws the last grid, where it is missing."""
+        self.last = _file(trainer)
         if not self.last.is_file():
-            self._draw(trainer, self.last)
+            self._draw(self.last)
 
-    def _file(self, trainer: Trainer) -> Path:
-        return trainer.save_path / "samples" / f"step_{trainer.step:08d}.png"
-
-    def _draw(self, trainer: Trainer, file: Path) -> None:
-        from sdxl_host.sampling.grid import save_grid
-        from sdxl_host.sampling.samplers import none_if_auto
-
+    def _draw(self, file: Path) -> None:
         settings = self._settings
-        with trainer.averaged():
+        with self._with_ema():
             pixels = self._sampler().draw(
                 self._prompts,
                 settings.sample_steps,
@@ -275,30 +339,41 @@ class Grids:
             raise _unwritable(file, error) from error
         self.last = file
 
-    def close(self) -> None:
-        """Nothing is held."""
+
+def _file(trainer: RunView) -> Path:
+    """The grid of a step."""
+    return trainer.save_path / "samples" / f"step_{trainer.step:08d}.png"
 
 
-class Checkpoints:
-    """Saves every `save_ckpt_interval` steps and at the end; keeps the newest `kept` (0: all)."""
+class Checkpoints(Observer):
+    """Saves every `interval` steps and at the end, into `parent`; keeps the newest `kept` (0: all).
 
-    def __init__(self, kept: int) -> None:
+    capture: what a checkpoint holds now.
+    """
+
+    def __init__(
+        self, capture: Callable[[], Contents], parent: Path, interval: int, kept: int
+    ) -> None:
+        self._capture = capture
+        self._parent = parent
+        self._interval = interval
         self._kept = kept
         self.last: Path | None = None
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+    def on_step_end(self, trainer: RunView, result: StepResult) -> None:
         """Saves now, if it is time."""
-        if _is_saved(trainer, result):
-            self._rotate(trainer.save())
+        if result.step % self._interval == 0 or trainer.is_last:
+            self._rotate(self.save())
 
-    def finish(self, trainer: Trainer) -> None:
-        """Removes older ones, if a run that made its last step ended before that."""
-        self._rotate(checkpoint_folder(trainer.save_path / CHECKPOINTS, trainer.step))
+    def finish(self, trainer: RunView) -> None:
+        """Removes older ones."""
+        self._rotate(checkpoint_folder(self._parent, trainer.step))
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step and returns its folder."""
+        return save_checkpoint(self._parent, self._capture())
 
     def _rotate(self, newest: Path) -> None:
         self.last = newest
         if self._kept:
-            remove_older(newest.parent, self._kept)
-
-    def close(self) -> None:
-        """Nothing is held."""
+            remove_older(self._parent, self._kept)

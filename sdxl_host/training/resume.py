@@ -74,7 +74,7 @@ def find_checkpoint(
     if differences and not settings.allow_changes:
         raise ConfigError(
             f"--resume {checkpoint.folder}: its settings differ from this run's: "
-            f"{in_brief(differences, 5)}; go on with its own by --config "
+            f"{in_brief(differences, 5)}; go on with those of the checkpoint by --config "
             f"{checkpoint.config_file}, or with these by --allow_changes True"
         )
     return checkpoint, differences
@@ -87,7 +87,7 @@ def _named_folder(settings: TrainSettings) -> Path | None:
         if settings.optimizer_weight:
             raise ConfigError(
                 f"--optimizer_weight {settings.optimizer_weight}: has no use beside --resume; "
-                "leave it out, because the checkpoint holds its own"
+                "leave it out, because the checkpoint holds it"
             )
         if settings.resume == "latest":
             return find_latest(Path(settings.save_path).expanduser())
@@ -111,7 +111,7 @@ def _named_folder(settings: TrainSettings) -> Path | None:
     ):
         raise ConfigError(
             f"{flag}: is not that of --weight {settings.weight}; leave it out, because a "
-            "checkpoint folder holds its own"
+            "checkpoint folder holds it"
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""A run's folder: made, or gone on in; locked while a run is at work; with its settings."""
+"""A run's folder: a new one or that of a resumed run, locked while it trains, with its settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdxl_host.checkpoints.open import Checkpoint
 from sdxl_host.config.load import RunConfig
 from sdxl_host.errors import DataError
 from sdxl_host.files.atomic import open_no_follow, write_file
-from sdxl_host.training.distributed import Workers
+from sdxl_host.training.distributed import Ranks
 
 __all__ = ["RunFolder", "settings_text", "started_from"]
 
@@ -30,17 +30,17 @@ _WRITTEN = ("config.yaml", "metrics.jsonl")
 
 
 class RunFolder:
-    """A run's folder with its settings in it; a resumed run goes on in its own.
+    """A run's folder with its settings in it; a resumed run goes on in the folder it began in.
 
-    path: the same on every worker. settings: as YAML, for checkpoints too. Until it is released no
+    path: the same on every rank. settings: as YAML, for checkpoints too. Until it is closed no
     other run may use the folder.
     """
 
-    def __init__(self, config: RunConfig, checkpoint: Checkpoint | None, workers: Workers) -> None:
+    def __init__(self, config: RunConfig, checkpoint: Checkpoint | None, ranks: Ranks) -> None:
         self._lock: IO[bytes] | None = None
         self.settings = settings_text(config, started_from(config, checkpoint))
-        path = self._make(config, checkpoint) if workers.is_main_process else Path()
-        self.path = Path(workers.texts(str(path))[0])
+        path = self._make(config, checkpoint) if ranks.is_main_process else Path()
+        self.path = Path(ranks.texts(str(path))[0])
 
     def _make(self, config: RunConfig, checkpoint: Checkpoint | None) -> Path:
         if checkpoint is not None:
@@ -54,7 +54,7 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Not truncated and not followed where it is a link: it is only there to be locked.
-            self._lock = open(folder / _LOCK, "ab", opener=open_no_follow)  # noqa: SIM115 - see release
+            self._lock = open(folder / _LOCK, "ab", opener=open_no_follow)  # noqa: SIM115 - see close
             weakref.finalize(self, self._lock.close)  # where a run never comes so far
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_file(folder / "config.yaml", self.settings.encode("utf-8"))
@@ -69,7 +69,7 @@ class RunFolder:
             ) from error
         return folder
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets other runs use the folder; the system does it too when the process ends."""
         if self._lock is not None:
             self._lock.close()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step in hand is finished and saved; a second one ends at once."""
+"""Ctrl-C and SIGTERM: the running step is finished and saved; a second signal ends at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Inside, the first signal is noted and said; then the signals have their own effect again.
+    """Inside, the first signal is noted and reported; after it signals have their usual effect.
 
     number: the signal that came, or None. A signal that is ignored stays so: a shell starts jobs in
     the background without Ctrl-C, which is meant for others. Elsewhere than in the main thread,
@@ -30,9 +30,9 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             earlier = {number: signal.getsignal(number) for number in _SIGNALS}
-            self._earlier = {n: own for n, own in earlier.items() if own is not signal.SIG_IGN}
+            self._earlier = {n: old for n, old in earlier.items() if old is not signal.SIG_IGN}
             for number in self._earlier:
-                signal.signal(number, self._take)
+                signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -49,11 +49,11 @@ class Interruption:
         """What the signal is called: SIGTERM, or SIGINT of Ctrl-C."""
         return "" if self.number is None else signal.Signals(self.number).name
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         for each in self._earlier:
             signal.signal(each, signal.SIG_DFL)
-        told = f"{self.name}: the step in hand is finished and saved; once more ends at once"
-        # The signal may come in the midst of another line, which can't be broken for this one.
+        line = f"{self.name}: the step in hand is finished and saved; once more ends at once"
+        # Python refuses to print while another line is being printed, where a signal may come.
         with contextlib.suppress(RuntimeError):
-            self._say(told)
+            self._say(line)

@@ -1,11 +1,11 @@
-"""What is said at the start of a run, and what a checkpoint records of it."""
+"""What is printed at the start and at the end of a run, and what a checkpoint records of it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
@@ -21,12 +21,10 @@ from sdxl_host.models.precision import half_notes, is_half, precision_line
 from sdxl_host.planning import curves
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.settings.schema import TrainSettings
-from sdxl_host.training.optimizer import Optimizer
+from sdxl_host.training.distributed import Ranks
+from sdxl_host.training.state import RunState
 from sdxl_host.weights.networks import weight_lines
 from sdxl_host.weights.source import Source
-
-if TYPE_CHECKING:
-    from sdxl_host.training.trainer import Trainer
 
 __all__ = [
     "compiling",
@@ -41,6 +39,22 @@ __all__ = [
 ]
 
 
+class Run(Protocol):
+    """What the lines at the start and at the end of a run read of its trainer."""
+
+    config: RunConfig
+    ranks: Ranks
+    dataset: Text2ImageDataset
+    batch_size: int
+    hooks: Hooks
+    model: DiffusionModel
+    state: RunState
+    is_interrupted: bool
+
+    @property
+    def save_path(self) -> Path: ...
+
+
 def plugin_list(config: RunConfig) -> list[dict[str, str]]:
     """Name, distribution and version of each selected plugin."""
     return [
@@ -53,18 +67,24 @@ def plugin_list(config: RunConfig) -> list[dict[str, str]]:
     ]
 
 
-def record(trainer: Trainer) -> dict[str, Any]:
+def record(
+    model: DiffusionModel,
+    hooks: Hooks,
+    dataset: Text2ImageDataset,
+    batch_size: int,
+    curve_lines: Sequence[str],
+) -> dict[str, Any]:
     """What was learned and on what: it goes into every checkpoint."""
-    hooks = ("build_model", "sample_timesteps", "weight_loss", "encode_prompt")
+    answered = ("build_model", "sample_timesteps", "weight_loss", "encode_prompt")
     return {
-        "preconditioning": trainer.model.preconditioning.name,
-        "scheduler": trainer.model.preconditioning.scheduler_config(),
-        "hooks": {hook: trainer.hooks.chain(hook) for hook in hooks},
-        "curves": trainer.curve_lines,
-        "size": [trainer.dataset.target_size, trainer.dataset.target_size],
-        "original_size": list(trainer.dataset.typical_size()),
-        "aesthetic_score": trainer.dataset.aesthetic_score,
-        "samples": samples_of(trainer.batch_size, trainer.dataset),
+        "preconditioning": model.preconditioning.name,
+        "scheduler": model.preconditioning.scheduler_config(),
+        "hooks": {hook: hooks.chain(hook) for hook in answered},
+        "curves": list(curve_lines),
+        "size": [dataset.target_size, dataset.target_size],
+        "original_size": list(dataset.typical_size()),
+        "aesthetic_score": dataset.aesthetic_score,
+        "samples": samples_of(batch_size, dataset),
     }
 
 
@@ -89,27 +109,27 @@ def compute_lines(network: Any, settings: TrainSettings) -> list[str]:
     return [f"attention   {attention}", f"precision   {precision_line(settings)}"]
 
 
-def _batch_lines(trainer: Trainer) -> list[str]:
+def _batch_lines(run: Run) -> list[str]:
     """How an update's samples come together, where it is not one batch of one device."""
-    data, settings, workers = trainer.config.data, trainer.config.train, trainer.workers
+    data, settings = run.config.data, run.config.train
     parts = [
         (data.per_batch_size, "a batch"),
         (settings.gradient_accumulation_steps, "batches accumulated"),
-        (workers.count, "workers"),
+        (run.ranks.world_size, "ranks"),
     ]
-    if trainer.batch_size == data.per_batch_size:
+    if run.batch_size == data.per_batch_size:
         return []
-    told = " x ".join(f"{count} {what}" for count, what in parts if count > 1)
-    return [f"update      of {trainer.batch_size} samples: {told}"]
+    product = " x ".join(f"{count} {what}" for count, what in parts if count > 1)
+    return [f"update      of {run.batch_size} samples: {product}"]
 
 
 def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
-    """Of what every worker of a run must have the same: settings, plugins, images, captions, and
-    the checkpoint that it resumes."""
-    told = f"{OmegaConf.to_yaml(config.tree)}{plugin_list(config)}{samples_of(0, dataset)}"
+    """A hash of what must be equal on all ranks: settings, plugins, images, captions, and the
+    checkpoint that is resumed."""
+    text = f"{OmegaConf.to_yaml(config.tree)}{plugin_list(config)}{samples_of(0, dataset)}"
     if checkpoint is not None:
-        told += (checkpoint.folder / STATE_FILE).read_text("utf-8")
-    return hashlib.sha256(told.encode("utf-8")).hexdigest()
+        text += (checkpoint.folder / STATE_FILE).read_text("utf-8")
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def samples_of(batch_size: int, dataset: Text2ImageDataset) -> dict[str, Any]:
@@ -122,29 +142,31 @@ def samples_of(batch_size: int, dataset: Text2ImageDataset) -> dict[str, Any]:
 
 
 def start_lines(
-    trainer: Trainer,
-    optimizer: Optimizer,
+    run: Run,
+    curve_lines: Sequence[str],
+    notes: Sequence[str],
     checkpoint: Checkpoint | None,
     changes: Sequence[str],
     source: Source | None,
 ) -> list[str]:
     """The block at the start of a run: plugins, objective, network, data, and what to note.
 
-    changes: how the run differs from the one it resumes. source: the weights the run starts from,
-    None where it begins untrained or resumes.
+    curve_lines: where the run learns. notes: of plugins and optimizer. changes: how the run differs
+    from the one it resumes. source: the weights the run starts from, None where it begins untrained
+    or resumes.
     """
-    config, dataset = trainer.config, trainer.dataset
-    trained = sum(parameter.size for parameter in trainer.parts.trained)
+    config, dataset, networks = run.config, run.dataset, run.state.networks
+    trained = sum(parameter.size for parameter in networks.trained)
     lines = [
         f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
-        *(f"            {line}" for line in trainer.hooks.describe()),
-        f"objective   {trainer.model.preconditioning.name}",
+        *(f"            {line}" for line in run.hooks.describe()),
+        f"objective   {run.model.preconditioning.name}",
         f"network     {trained:,} parameters trained",
-        *compute_lines(trainer.parts.cell, config.train),
-        *_batch_lines(trainer),
+        *compute_lines(networks.cell, config.train),
+        *_batch_lines(run),
     ]
     if source is not None:
-        lines += weight_lines(source, trainer.model)
+        lines += weight_lines(source, run.model)
     elif checkpoint is None:
         lines.append(
             "weights     none, everything starts untrained (--weight FILE starts from one)"
@@ -156,18 +178,18 @@ def start_lines(
         ]
     else:
         lines.append(f"data        {len(dataset)} captioned images")
-    lines += trainer.curve_lines
-    lines.append(f"run         {trainer.save_path}")
+    lines += curve_lines
+    lines.append(f"run         {run.save_path}")
     if checkpoint is not None:
         lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
         lines += [f"changed     {line}" for line in changes]
-        if checkpoint.step == trainer.total_steps:
+        if checkpoint.step == config.data.total_step:
             lines.append("finished    no step is left; --total_step N with a higher N goes on")
-    notes = [*config.notices, *trainer.plugin_notes, *optimizer.notes()]
+    notes = [*config.notices, *notes]
     if checkpoint is not None:
         notes += _version_notes(checkpoint, plugin_list(config))
     if config.train.param_fp16:
-        notes += half_notes(trainer.parts.network.values(), trainer.parts.trained)
+        notes += half_notes(networks.network.values(), networks.trained)
     return lines + [f"note        {line}" for line in notes]
 
 
@@ -188,29 +210,29 @@ def _version_notes(checkpoint: Checkpoint, plugins: Sequence[Mapping[str, str]])
 
 
 def compiling(cache: str) -> str:
-    """What is said before the first step is compiled; cache: where graphs are kept, if they are."""
+    """What is printed before the first step is compiled; cache: the folder of graphs, if any."""
     takes = "this takes up to a minute, on Ascend at full size many, once"
     kept = f", unless {cache} has it" if cache else ""
     return f"compiling the training step{kept}; {takes}"
 
 
-def end_lines(
-    trainer: Trainer, seconds: float, checkpoint: Path | None, images: Path | None
-) -> list[str]:
+def end_lines(run: Run, seconds: float, checkpoint: Path | None, images: Path | None) -> list[str]:
     """The block at the end of a run.
 
     seconds: that it took. checkpoint, images: the last ones written, if any.
     """
-    lines = [
-        *trainer.guard.lines(),
-        f"trained to step {trainer.step} in {seconds:.0f} s",
-        f"metrics     {trainer.save_path / 'metrics.jsonl'}",
-        f"settings    {trainer.save_path / 'config.yaml'}",
+    state, lines = run.state, []
+    if state.skipped:
+        lines.append(f"skipped     {state.skipped} updates, whose gradients were not finite")
+    lines += [
+        f"trained to step {state.step} in {seconds:.0f} s",
+        f"metrics     {run.save_path / 'metrics.jsonl'}",
+        f"settings    {run.save_path / 'config.yaml'}",
         f"checkpoint  {checkpoint}",
     ]
     if images is not None:
         lines.append(f"images      {images}")
-    if trainer.is_interrupted and trainer.step < trainer.total_steps:
-        flag = "--resume" if trainer.config.train.save_optimizer else "--weight"
+    if run.is_interrupted and state.step < run.config.data.total_step:
+        flag = "--resume" if run.config.train.save_optimizer else "--weight"
         lines.append(f"to go on    sdxl-host train ... {flag} {checkpoint}")
     return lines

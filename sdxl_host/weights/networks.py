@@ -11,7 +11,7 @@ from pathlib import Path
 from mindspore import Parameter, nn
 from mindspore.nn.utils import no_init_parameters
 
-from sdxl_host.checkpoints.layout import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
+from sdxl_host.checkpoints.layout import EMA_FILE, FROZEN_FILE, NETWORK_FILE
 from sdxl_host.checkpoints.open import Checkpoint
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import ConfigError, PluginError
@@ -161,8 +161,8 @@ def build_networks(
         cell.recompute_blocks()
         return Networks(cell, network, frozen, trained)
     weights = _saved(checkpoint.folder / NETWORK_FILE)
-    if use_ema and checkpoint.has_averages:
-        weights = over(weights, _saved(checkpoint.folder / AVERAGES_FILE))
+    if use_ema and checkpoint.has_ema:
+        weights = over(weights, _saved(checkpoint.folder / EMA_FILE))
     if model.changes:
         # A change may depend on the weights of the network it changes, so they are loaded before
         # it, and once more after it together with those that it adds.

@@ -148,13 +148,13 @@ def test_without_its_latest_a_run_goes_on_from_the_last_one_written(
 @pytest.fixture(scope="module")
 def train(device: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Trains in this process, into the folder of a name; gives it."""
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     parent = tmp_path_factory.mktemp("runs")
 
     def run(name: str, *words: str) -> Path:
         folder = parent / name
-        Trainer(load([*ARGUMENTS, "--save_path", str(folder), *words]), [].append).run()
+        make_trainer(load([*ARGUMENTS, "--save_path", str(folder), *words]), [].append).run()
         return folder
 
     return run

@@ -40,7 +40,7 @@ def save(parent: Path, step: int, **changes: Any) -> Path:
         "plugin_states": {"snr": {"seen": step, "mean": np.arange(3.0)}, "lpw": {}},
         "plugins": PLUGINS,
         "record": {"size": [32, 32], "objective": "eps"},
-        "averages": arrays(step + 200),
+        "ema": arrays(step + 200),
         "counts": {"skipped": 3, "skipped_in_a_row": 1},
     }
     return save_checkpoint(parent, Contents(step=step, **(given | changes)))
@@ -195,11 +195,11 @@ def test_arrays_are_in_memory_a_file_at_a_time(tmp_path):
 
         return FetchedArrays(["a", "b"], fetch)
 
-    files_ = {name: fetched(name) for name in ("network", "frozen", "averages", "optimizer")}
+    files_ = {name: fetched(name) for name in ("network", "frozen", "ema", "optimizer")}
     saved = open_checkpoint(save(tmp_path, 1, **files_))
     assert most == dict.fromkeys(files_, 2)
     assert not alive
-    assert dict(saved.averages().items())["b"].tolist() == [8.0] * 4
+    assert dict(saved.ema().items())["b"].tolist() == [3.0] * 4
     with pytest.raises(KeyError, match="c"):
         fetched("network")["c"]
 

@@ -300,11 +300,11 @@ def test_a_part_alone_is_refused(here, small_model, capsys):
 def test_a_trained_model_without_an_autoencoder_is_refused(here, capsys):
     """A real run's checkpoint, of a small model on pixels: its plugins and objective are told."""
     from sdxl_host.config.load import load
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     words = ["--config", "tiny.yaml", "--save_path", "runs"]
     words += ["--plugins", "edm,lpw", "--edm_sigma_data", "0.7"]
-    trainer = Trainer(load(words), say=lambda line: None)
+    trainer = make_trainer(load(words), say=lambda line: None)
     trainer.run()
     checkpoint = trainer.save_path / "checkpoints" / "latest"
     source = open_weights(checkpoint)

@@ -767,11 +767,11 @@ class Fake:
 def test_a_run_that_goes_on_is_planned_with_its_plugins_state(
     site, device: str, here: Path, capsys
 ) -> None:
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     site.add("grow", source=STATEFUL)
     words = ["--plugins", "grow", "--save_path", "runs", "--save_path_with_time", "False"]
-    Trainer(load(["--config", TINY, *words, "--total_step", "1"]), lambda line: None).run()
+    make_trainer(load(["--config", TINY, *words, "--total_step", "1"]), lambda line: None).run()
     before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
     assert plan(*words, "--resume", "latest") == 0
     text = capsys.readouterr().out

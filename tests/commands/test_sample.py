@@ -16,7 +16,7 @@ from sdxl_host.models import precision
 from sdxl_host.plugins import discovery
 from sdxl_host.sampling import load as restore_module
 from sdxl_host.sampling.load import restore_sampler
-from sdxl_host.training.trainer import Trainer
+from sdxl_host.training.build import make_trainer
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
@@ -24,7 +24,7 @@ TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 def trained(folder: Path, *arguments: str) -> Path:
     """The checkpoint of a run of three steps."""
     words = ["--config", TINY, "--save_path", str(folder), "optim.base_learning_rate=0.01"]
-    trainer = Trainer(load([*words, *arguments]), say=lambda line: None)
+    trainer = make_trainer(load([*words, *arguments]), say=lambda line: None)
     trainer.run()
     return trainer.save_path / "checkpoints" / "latest"
 

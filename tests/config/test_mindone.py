@@ -281,8 +281,8 @@ def test_a_refused_key_is_named() -> None:
 
 def test_files_of_ours_are_those_that_a_checkpoint_has(device: str) -> None:
     from sdxl_host.checkpoints.layout import (
-        AVERAGES_FILE,
         CONFIG_FILE,
+        EMA_FILE,
         FROZEN_FILE,
         NETWORK_FILE,
         OPTIMIZER_FILE,
@@ -290,7 +290,7 @@ def test_files_of_ours_are_those_that_a_checkpoint_has(device: str) -> None:
 
     text = " ".join(ROWS["Files"].values())
     named = {Path(code).name for code in codes(text) if code.endswith((".safetensors", ".yaml"))}
-    assert named == {AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE, CONFIG_FILE, OPTIMIZER_FILE}
+    assert named == {EMA_FILE, FROZEN_FILE, NETWORK_FILE, CONFIG_FILE, OPTIMIZER_FILE}
 
 
 # ---- the page of our own flags

@@ -18,7 +18,7 @@ from sdxl_host.errors import ConfigError
 from sdxl_host.models.layers import sinusoids
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.settings.targets import build
-from sdxl_host.training.trainer import Trainer
+from sdxl_host.training.build import make_trainer
 from sdxl_host.weights.architecture import (
     AUTOENCODER_PREFIX,
     NETWORK_PREFIX,
@@ -83,7 +83,7 @@ def trained(config: str, folder: Path, *more: str) -> tuple[dict[str, Any], list
     """One step of the config; its line in metrics.jsonl, and what the run said."""
     said: list[str] = []
     words = ["--config", config, "--save_path", str(folder), *more, *SHORT]
-    trainer = Trainer(load(words), said.append)
+    trainer = make_trainer(load(words), said.append)
     trainer.run()
     lines = (trainer.save_path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 1

@@ -24,8 +24,10 @@ from sdxl_host.errors import ConfigError
 from sdxl_host.models.precision import LEVELS, LOSS_SCALE, is_half
 from sdxl_host.plugins import discovery
 from sdxl_host.sampling.load import restore_sampler
+from sdxl_host.training import build, summary
 from sdxl_host.training import step as step_module
-from sdxl_host.training import summary, trainer
+from sdxl_host.training.build import make_trainer
+from sdxl_host.training.observers import Grids
 from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.trainer import Trainer
 
@@ -53,8 +55,8 @@ def train(folder: Path, level: str, steps: int, *arguments: str) -> Run:
     words += [f"--ms_mode={int(steps != MANY)}", "--save_ckpt_interval=1", *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "_GROWTH_INTERVAL", GROWTH.get(steps, 2000))
-        patch.setattr(trainer.Grids, "on_step_end", lambda self, **told: None)
-        made = Trainer(load(words), say=said.append)
+        patch.setattr(Grids, "on_step_end", lambda self, **given: None)
+        made = make_trainer(load(words), say=said.append)
         made.run()
     return made, said
 
@@ -175,7 +177,7 @@ def test_a_resumed_run_at_o2_is_bit_identical(
     whole = eager("O2")
     assert column(whole, "loss_scale").tolist() == [LOSS_SCALE, LOSS_SCALE, 2 * LOSS_SCALE]
     part = shutil.copytree(whole[0].save_path, tmp_path / "part", symlinks=True)
-    monkeypatch.setattr(trainer, "LOSS_SCALE", 8.0)
+    monkeypatch.setattr(build, "LOSS_SCALE", 8.0)
     resume = f"--resume={part}/checkpoints/step_00000001"
     resumed = train(tmp_path, "O2", FEW, resume)
     assert resumed[0].save_path == part

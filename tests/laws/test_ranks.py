@@ -1,6 +1,6 @@
-"""Several processes that share a run: law 5, and what they must agree on.
+"""Several processes that share a run: law 5, and what must be equal on all of them.
 
-Two real workers are started by `msrun`, as a user starts them; steps are eager.
+Two real ranks are started by `msrun`, as a user starts them; steps are eager.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import sdxl_host
 from sdxl_host.checkpoints.open import find_latest, open_checkpoint
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError
-from sdxl_host.training.distributed import Workers, join
-from sdxl_host.training.trainer import Trainer
+from sdxl_host.training.build import make_trainer
+from sdxl_host.training.distributed import Ranks, join
 
 UPDATES = 20
 RATE = 2.5e-5
@@ -74,8 +74,8 @@ def metrics(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array([line[name] for line in lines]) for name in lines[0]}
 
 
-def start_workers(log: Path, python_path: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """`msrun` with two workers of `sdxl-host train WORDS`."""
+def start_ranks(log: Path, python_path: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`msrun` with two ranks of `sdxl-host train WORDS`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -108,11 +108,11 @@ def measured(device: str, site, monkeypatch: pytest.MonkeyPatch):
     return site
 
 
-def test_law_one_batch_of_4_is_two_batches_of_2_and_two_workers(measured, tmp_path: Path) -> None:
-    """Losses, weights, averages and a plugin's state after 20 updates, within float32 rounding; the
-    plugin's state is the same on both workers, or they would draw apart.
+def test_law_one_batch_of_4_is_two_batches_of_2_and_two_ranks(measured, tmp_path: Path) -> None:
+    """Losses, weights, EMA and a plugin's state after 20 updates, within float32 rounding; the
+    plugin's state is the same on both ranks, or they would draw apart.
 
-    The rate is multiplied by the 4 samples. Of the workers rank 1 gets SIGTERM in its 20th step of
+    The rate is multiplied by the 4 samples. Rank 1 gets SIGTERM in its 20th step of
     21, and both end after it, rank 0 seconds later than the other."""
     runs = {}
     for name, words in (
@@ -121,21 +121,21 @@ def test_law_one_batch_of_4_is_two_batches_of_2_and_two_workers(measured, tmp_pa
     ):
         runs[name] = tmp_path / name
         words += ["--total_step", str(UPDATES), "--save_path", str(runs[name])]
-        Trainer(load([*WORDS, *words]), say=lambda line: None).run()
-    runs["workers"] = tmp_path / "workers"
-    words = [*WORDS, "--is_parallel", "True", "--save_path", str(runs["workers"])]
+        make_trainer(load([*WORDS, *words]), say=lambda line: None).run()
+    runs["ranks"] = tmp_path / "ranks"
+    words = [*WORDS, "--is_parallel", "True", "--save_path", str(runs["ranks"])]
     plugins = os.pathsep.join([measured.python_path, *sys.path])
-    done = start_workers(tmp_path / "logs", plugins, *words, "--total_step", str(UPDATES + 1))
+    done = start_ranks(tmp_path / "logs", plugins, *words, "--total_step", str(UPDATES + 1))
     logs = "\n".join(file.read_text() for file in (tmp_path / "logs").glob("worker_*.log"))
     assert done.returncode == 0, logs[-3000:]
-    assert "update      of 4 samples: 2 a batch x 2 workers" in logs
-    assert f"stopped after step {UPDATES}: interrupted by a signal to another worker" in logs
-    assert open_checkpoint(find_latest(runs["workers"])).step == UPDATES
-    assert metrics(runs["workers"])["learning_rate"][-1] == np.float32(4 * RATE)
+    assert "update      of 4 samples: 2 a batch x 2 ranks" in logs
+    assert f"stopped after step {UPDATES}: interrupted by a signal to another rank" in logs
+    assert open_checkpoint(find_latest(runs["ranks"])).step == UPDATES
+    assert metrics(runs["ranks"])["learning_rate"][-1] == np.float32(4 * RATE)
 
     expected = metrics(runs["one"])
     final = runs["one"] / "checkpoints" / "latest"
-    for name in ("accumulated", "workers"):
+    for name in ("accumulated", "ranks"):
         for number, values in metrics(runs[name]).items():
             scale = np.abs(expected[number]).max()
             difference = np.abs(values - expected[number]).max()
@@ -149,12 +149,12 @@ def test_law_one_batch_of_4_is_two_batches_of_2_and_two_workers(measured, tmp_pa
         one, other = (load_file(f / "plugins" / "measured.safetensors") for f in (final, folder))
         for key, values in one.items():
             np.testing.assert_allclose(other[key], values, rtol=1e-5)
-        told = json.loads((folder / "plugins" / "measured.json").read_text())
-        assert told["seen"] == 4 * UPDATES
-    assert len(list((runs["workers"]).glob("**/metrics.jsonl"))) == 1
+        state = json.loads((folder / "plugins" / "measured.json").read_text())
+        assert state["seen"] == 4 * UPDATES
+    assert len(list((runs["ranks"]).glob("**/metrics.jsonl"))) == 1
 
 
-def test_a_failed_worker_ends_the_run_and_says_why(
+def test_a_failed_rank_ends_the_run_and_says_why(
     device: str, site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 alone has a plugin that raises; the run ends and its log has the one line."""
@@ -167,28 +167,28 @@ def test_a_failed_worker_ends_the_run_and_says_why(
     words = [*("--config", "tiny.yaml", "--plugins", "measured", "--is_parallel", "True")]
     words += ["--save_path", str(tmp_path / "run")]
     path = os.pathsep.join([site.python_path, *sys.path])
-    monkeypatch.setenv("MS_NODE_TIMEOUT", "10")  # seconds until the silent worker is missed
-    done = start_workers(tmp_path / "logs", path, *words)
+    monkeypatch.setenv("MS_NODE_TIMEOUT", "10")  # seconds until the silent rank is missed
+    done = start_ranks(tmp_path / "logs", path, *words)
     assert done.returncode != 0
     log = (tmp_path / "logs" / "worker_1.log").read_text()
-    (told,) = [line for line in log.splitlines() if line.startswith("sdxl-host: error:")]
-    assert "plugin measured (fake-measured 1.0) raised ValueError: out of luck" in told
+    (error,) = [line for line in log.splitlines() if line.startswith("sdxl-host: error:")]
+    assert "plugin measured (fake-measured 1.0) raised ValueError: out of luck" in error
     assert "Traceback" not in log
 
 
-# ---- what they agree on
+# ---- what ranks exchange
 
 
-def test_one_worker_needs_no_other() -> None:
-    alone = Workers()
-    assert (alone.rank, alone.count, alone.is_main_process) == (0, 1, True)
+def test_one_rank_needs_no_other() -> None:
+    alone = Ranks()
+    assert (alone.rank, alone.world_size, alone.is_main_process) == (0, 1, True)
     assert alone.any(True)
     assert not alone.any(False)
     assert alone.texts("runs/a") == ["runs/a"]
-    alone.agree("abc", "settings")
+    alone.check_equal("abc", "settings")
 
 
-class Pair(Workers):
+class Three(Ranks):
     """Rank 0 of three, with what the others would answer."""
 
     def __init__(self, *others: str) -> None:
@@ -199,12 +199,12 @@ class Pair(Workers):
         return [text, *self.others]
 
 
-def test_workers_with_other_settings_are_named() -> None:
-    Pair("abc", "abc").agree("abc", "settings")
+def test_ranks_with_other_settings_are_named() -> None:
+    Three("abc", "abc").check_equal("abc", "settings")
     with pytest.raises(ConfigError, match=r"^rank 2 has other settings than rank 0; start every"):
-        Pair("abc", "abd").agree("abc", "settings")
+        Three("abc", "abd").check_equal("abc", "settings")
     with pytest.raises(ConfigError, match=r"^rank 1, 2 has other plugins"):
-        Pair("", "abd").agree("abc", "plugins")
+        Three("", "abd").check_equal("abc", "plugins")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_is_parallel_needs_msrun(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert join(False).count == 1
+    assert join(False).world_size == 1
     with pytest.raises(
         ConfigError, match=r"^--is_parallel True: .*; call it by msrun --worker_num"
     ):
@@ -233,7 +233,7 @@ def test_is_parallel_needs_msrun(
 
 
 @pytest.mark.parametrize("role", ["MS_WORKER", "MS_SCHED"])
-def test_msrun_starts_workers_and_their_scheduler(
+def test_msrun_starts_ranks_and_their_scheduler(
     device: str, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All by the same command; without the scheduler the others would wait for it."""
@@ -244,37 +244,39 @@ def test_msrun_starts_workers_and_their_scheduler(
     monkeypatch.setenv("MS_WORKER_NUM", "2")
     monkeypatch.setenv("MS_ROLE", role)
     joined = join(True)
-    assert (joined.rank, joined.count) == (1, 2)
+    assert (joined.rank, joined.world_size) == (1, 2)
 
 
-def test_workers_without_is_parallel_would_each_train_alone(
+def test_ranks_without_is_parallel_would_each_train_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("MS_WORKER_NUM", "2")
-    with pytest.raises(ConfigError, match=r"2 workers were started, .* use --is_parallel True"):
+    with pytest.raises(
+        ConfigError, match=r"msrun has started 2 processes, .* use --is_parallel True"
+    ):
         join(False)
     monkeypatch.setenv("MS_WORKER_NUM", "1")
-    assert join(False).count == 1
+    assert join(False).world_size == 1
 
 
 def test_a_text_is_exchanged_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Coded as numbers and back, whatever its letters; one that is too long is refused."""
-    from sdxl_host.training import distributed as workers
+    from sdxl_host.training import distributed
 
     monkeypatch.setattr(
-        workers, "_collected", lambda operator, array: np.concatenate([array, array[:, ::1]])
+        distributed, "_collect", lambda operator, array: np.concatenate([array, array[:, ::1]])
     )
-    pair = Workers(1, 2)
+    pair = Ranks(1, 2)
     assert pair.texts("läufe/一") == ["läufe/一", "läufe/一"]
-    with pytest.raises(ConfigError, match="is too long for 2 workers"):
+    with pytest.raises(ConfigError, match="is too long to exchange between 2 ranks"):
         pair.texts("x" * 1025)
 
 
-def test_a_flag_of_any_worker_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdxl_host.training import distributed as workers
+def test_a_flag_of_any_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdxl_host.training import distributed
 
-    monkeypatch.setattr(workers, "_collected", lambda operator, array: array + np.float32(1))
-    assert Workers(1, 2).any(False)
-    monkeypatch.setattr(workers, "_collected", lambda operator, array: array)
-    assert not Workers(1, 2).any(False)
+    monkeypatch.setattr(distributed, "_collect", lambda operator, array: array + np.float32(1))
+    assert Ranks(1, 2).any(False)
+    monkeypatch.setattr(distributed, "_collect", lambda operator, array: array)
+    assert not Ranks(1, 2).any(False)

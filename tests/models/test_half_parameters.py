@@ -27,9 +27,9 @@ from sdxl_host.models.precision import (
 )
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.settings.schema import TrainSettings
+from sdxl_host.training.build import make_trainer
 from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.step import StepRunner, TrainStep
-from sdxl_host.training.trainer import Trainer
 from sdxl_host.training.update_table import update_table
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -127,21 +127,21 @@ def test_a_run_saves_float32_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     few = "channel_mult=[1]", "attention_resolutions=[]", "transformer_depth=[1]"
     words += [f"model.params.network_config.params.{word}" for word in few]
     said: list[str] = []
-    whole = Trainer(load([*words, "--save_path", str(tmp_path / "a")]), say=said.append)
+    whole = make_trainer(load([*words, "--save_path", str(tmp_path / "a")]), say=said.append)
     whole.run()
     assert len([line for line in said if line.startswith("note        param_fp16: ")]) == 1
     assert any("weights in float16 with float32 copies" in line for line in said)
     part = [*words, "--save_path", str(tmp_path / "b")]
-    Trainer(load([*part, "data.total_step=2"]), say=lambda line: None).run()
+    make_trainer(load([*part, "data.total_step=2"]), say=lambda line: None).run()
     latest = tmp_path / "b" / "checkpoints" / "latest"
-    Trainer(load([*part, "--resume", str(latest)]), say=lambda line: None).run()
+    make_trainer(load([*part, "--resume", str(latest)]), say=lambda line: None).run()
     one, other = (load_file(tmp_path / n / "checkpoints/latest/network.safetensors") for n in "ab")
     for name, array in one.items():
         assert array.dtype == np.float32
         assert array.tobytes() == other[name].tobytes(), name
     first, second = (tmp_path / name / "metrics.jsonl" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
-    parameters = whole.parts.network
+    parameters = whole.state.networks.network
     rounded = [p for p in parameters.values() if p.dtype == ms.float16]
     assert rounded
     inexact = [
@@ -171,9 +171,9 @@ def test_what_is_not_trained_is_saved_rounded_and_the_start_says_so(site, tmp_pa
         words = ["--config", "tiny.yaml", "--plugins", "partial", "--ms_amp_level", "O2"]
         words += ["--save_path", str(tmp_path / half), "--param_fp16", half]
         said: list[str] = []
-        trainer = Trainer(load(words), said.append)
-        saved[half] = load_file(trainer.save() / "network.safetensors")
-        trainer.folder.release()
+        trainer = make_trainer(load(words), said.append)
+        saved[half] = load_file(trainer.checkpoints.save() / "network.safetensors")
+        trainer.folder.close()
         notes[half] = [line for line in said if line.startswith("note        param_fp16: ")]
     rounded = {
         name for name, array in saved["False"].items()
@@ -185,7 +185,7 @@ def test_what_is_not_trained_is_saved_rounded_and_the_start_says_so(site, tmp_pa
         assert saved["True"][name].tobytes() == expected.tobytes(), name
     assert not any(".input_blocks.0." in name for name in rounded)  # it is trained
     kept = sum(
-        p.size for name, p in trainer.parts.network.items()
+        p.size for name, p in trainer.state.networks.network.items()
         if p.dtype == ms.float16 and ".input_blocks.0." not in name
     )  # fmt: skip
     assert notes["False"] == []

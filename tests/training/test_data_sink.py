@@ -1,4 +1,4 @@
-"""Data sink: a queue can't be had on a CPU, so its columns are run by a loop in its place."""
+"""Data sink: a CPU has no queue, so its rows are run by a loop instead."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 from typing import Any, cast
 
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import Tensor
 from safetensors.numpy import load_file
 
 from sdxl_host import hookimpl
@@ -24,7 +28,7 @@ from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
 from sdxl_host.plugins.selection import SelectedPlugin
 from sdxl_host.training import data_sink
-from sdxl_host.training.trainer import Trainer
+from sdxl_host.training.build import make_trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -33,18 +37,28 @@ WORDS = [
     *("data.total_step=4", "--save_ckpt_interval", "2", "--sink_size", "2", "--plugins"),
 ]
 
-Feed = Callable[..., Callable[[], None]]
+Queue = Callable[..., Callable[[], None]]
 
 
-def all_at_once(
-    step: data_sink.SinkStep, columns: Iterator[Sequence[np.ndarray]], calls: int
-) -> Callable[[], None]:
-    """A queue that takes all columns before the first step runs, as a device's may."""
-    return data_sink.plain_loop(step, iter(list(columns)), calls)
+def loop(step: data_sink.SinkStep, rows: Iterator[Any], *_: Any) -> Callable[[], None]:
+    """The same on any device: what Ascend's queue must be equal to."""
+
+    def call() -> None:
+        for _ in range(step.size):
+            step(*map(Tensor, next(rows)))
+
+    return call
+
+
+def thread(step: data_sink.SinkStep, rows: Iterator[Any], *_: Any) -> Callable[[], None]:
+    """A queue that a thread fills, as far ahead as there are rows."""
+    filled: SimpleQueue[Any] = SimpleQueue()
+    Thread(target=lambda: [filled.put(row) for row in rows], name="fills").start()
+    return loop(step, iter(filled.get, None))
 
 
 class Observing:
-    """Keeps state of the steps that it was told of."""
+    """Keeps state of the steps that it has observed."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -88,34 +102,39 @@ def counting(config: RunConfig) -> RunConfig:
     return RunConfig(**{**vars(config), "plugins": (*config.plugins, *more)})
 
 
-def train(folder: Path, feed: Feed | None, *plugins: str) -> Trainer:
-    """A run of four eager steps; with a feed, two steps a call."""
-    words = [*WORDS, ",".join(plugins), "--save_path", str(folder)]
+@contextmanager
+def queue(make: Queue) -> Iterator[None]:
+    """Inside, a data sink's rows are run by another queue than Ascend's."""
     with pytest.MonkeyPatch.context() as patch:
-        if feed is not None:
-            words += ["--data_sink", "True"]
-            patch.setattr(data_sink, "check", lambda *arguments: None)
-        made = Trainer(counting(load(words)), say=lambda line: None)
-        if feed is not None:
-            patch.setattr(made, "_feed", feed)
+        patch.setattr(data_sink, "check", lambda *arguments: None)
+        patch.setattr(data_sink, "device_queue", make)
+        yield
+
+
+def train(folder: Path, make: Queue | None, *plugins: str) -> Path:
+    """A run of four eager steps; with a queue, two steps a call."""
+    words = [*WORDS, ",".join(plugins), "--save_path", str(folder)]
+    words += ["--data_sink", "True"] if make is not None else []
+    with queue(make or loop):
+        made = make_trainer(counting(load(words)), say=lambda line: None)
         made.run()
-    return made
+    return made.save_path
 
 
 @pytest.fixture(scope="module")
 def ordinary(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("ordinary"), None, "edm", "snr").save_path
+    return train(tmp_path_factory.mktemp("ordinary"), None, "edm", "snr")
 
 
 def bits(arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in arrays.items()}
 
 
-@pytest.mark.parametrize("feed", [data_sink.plain_loop, all_at_once])
-def test_columns_give_what_ordinary_steps_give(ordinary: Path, tmp_path: Path, feed: Feed) -> None:
+@pytest.mark.parametrize("make", [loop, thread])
+def test_calls_give_what_ordinary_steps_give(ordinary: Path, tmp_path: Path, make: Queue) -> None:
     """Losses, norms and rates from the rings, weights, optimizer, and a plugin's state at every
-    checkpoint; columns made ahead or not."""
-    run = train(tmp_path, feed, "edm", "snr").save_path
+    checkpoint; whether a thread takes the rows ahead of the steps or not."""
+    run = train(tmp_path, make, "edm", "snr")
     assert (run / "metrics.jsonl").read_bytes() == (ordinary / "metrics.jsonl").read_bytes()
     for step in ("step_00000002", "step_00000004"):
         one, other = (folder / "checkpoints" / step for folder in (ordinary, run))
@@ -129,10 +148,11 @@ def test_columns_give_what_ordinary_steps_give(ordinary: Path, tmp_path: Path, f
 
 
 def test_a_stop_waits_for_the_end_of_the_call(tmp_path: Path) -> None:
-    """Within a call the weights are already those of its last step."""
+    """Within a call the weights are already those of its last step. The thread that waits for the
+    next call's rows ends."""
 
-    def interrupting(step: data_sink.SinkStep, columns: Any, calls: int) -> Callable[[], None]:
-        call = data_sink.plain_loop(step, columns, calls)
+    def interrupting(step: data_sink.SinkStep, rows: Any, *_: Any) -> Callable[[], None]:
+        call = thread(step, rows)
 
         def run() -> None:
             call()
@@ -141,14 +161,34 @@ def test_a_stop_waits_for_the_end_of_the_call(tmp_path: Path) -> None:
         return run
 
     words = [*WORDS, "none", "--save_path", str(tmp_path), "--data_sink", "True"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_sink, "check", lambda *arguments: None)
-        made = Trainer(load(words), say=lambda line: None)
-    made._feed = interrupting
-    made.run()
+    with queue(interrupting):
+        made = make_trainer(load(words), say=lambda line: None)
+        made.run()
     assert made.step == 2
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_00000002"
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    for waiting in enumerate_threads():
+        if waiting.name == "fills":
+            waiting.join(60)
+            assert not waiting.is_alive()
+
+
+def test_the_rows_that_a_queue_counts_on_are_there_after_an_early_end() -> None:
+    """It was promised as many as the run has steps; the last one stands for those not made."""
+    inner = SimpleNamespace(load_rows=lambda table: None, rows=np.zeros((8, 8)))
+    step: Any = SimpleNamespace(size=2, outputs=list, step=inner)
+    taken: list[Any] = []
+
+    def all_of_them(step: Any, rows: Iterator[Any], *_: Any) -> Callable[[], None]:
+        taken.extend([next(rows), next(rows), rows])
+        return lambda: None
+
+    runner = data_sink.SinkRunner(step, np.zeros((5, 8), np.float32), 5)
+    with queue(all_of_them):
+        for value in (1.0, 2.0):
+            runner([[np.float32(value)]])
+    runner.close()
+    assert [*taken[:2], *taken[2]] == [[1.0], [2.0], [2.0], [2.0], [2.0]]
 
 
 # ---- the device's queue
@@ -169,9 +209,8 @@ def test_the_queue_is_called_as_mindspore_defines_it(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MS_DATASET_SINK_QUEUE", raising=False)
     rows = [tuple(np.full((2,), 10 * k + c, np.float32) for c in range(6)) for k in range(4)]
     step: Any = SimpleNamespace(size=2)
-    feed = partial(data_sink.device_queue, queue_size=3)
     with pytest.raises(Exception, match=r"(?i)ascend"):
-        feed(step, iter(rows), 2)()
+        data_sink.device_queue(step, iter(rows), 4, queue_size=3, jit_level="O0")()
     assert os.environ["MS_DATASET_SINK_QUEUE"] == "3"
     (_, dataset), options = given[0]
     assert options["sink_size"] == 2
@@ -203,7 +242,7 @@ def plugin(name: str, cls: type) -> Plugin:
 def test_on_the_cpu_it_is_refused(tmp_path: Path) -> None:
     words = [*CHECKED, "--data_sink", "True", "--save_path", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"^--data_sink True: .*on the CPU; leave the flag out$"):
-        Trainer(load(words), say=lambda line: None)
+        make_trainer(load(words), say=lambda line: None)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ Make = Callable[..., Any]
 @pytest.fixture(scope="module")
 def make(device: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A trainer of tiny.yaml, smaller still, with the arguments given."""
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     def trainer(*arguments: str, said: list[str] | None = None) -> Any:
         words = ["--config", TINY, "--plugins=none", *SMALLER]
@@ -72,8 +71,8 @@ def make(device: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
         words = [word for word in words if word.partition("=")[0] not in given]
         if "--save_path" not in given:
             words += [f"--save_path={tmp_path_factory.mktemp('runs')}"]
-        made = Trainer(load([*words, *arguments]), [].append if said is None else said.append)
-        made.folder.release()  # the tests hold no folder against each other
+        made = make_trainer(load([*words, *arguments]), [].append if said is None else said.append)
+        made.folder.close()  # the tests hold no folder against each other
         return made
 
     return trainer
@@ -93,7 +92,7 @@ def run(make: Make) -> Callable[..., Run]:
         guard = FiniteGuard.on_step_end
 
         def draw(self: Any, prompts: Any, steps: int, guidance: float, seed: int, **more: Any):
-            bias = trainer.parts.network[BIAS].asnumpy().copy()
+            bias = trainer.state.networks.network[BIAS].asnumpy().copy()
             asked = {"prompts": prompts, "steps": steps, "guidance": guidance, "seed": seed}
             grids.append({"step": trainer.step, "bias": bias, **asked, **more})
             return np.zeros((len(prompts), 3, 16, 16), np.float32)
@@ -267,7 +266,7 @@ def test_a_checkpoint_of_weights_alone_is_not_resumed(run: Callable[..., Run], m
         make(f"--resume={latest}", "--total_step=2")
     fresh = make(f"--weight={latest}")
     assert_close(
-        {name: value.asnumpy() for name, value in fresh.parts.network.items()},
+        {name: value.asnumpy() for name, value in fresh.state.networks.network.items()},
         found.arrays("network.safetensors"),
         atol=0,
     )
@@ -282,7 +281,7 @@ def test_the_rate_is_that_of_the_global_batch(make: Make) -> None:
     words.append("optim.base_learning_rate=0.0001")
 
     def rates(*more: str) -> list[float]:
-        return make(*words, *more).table[:, 0].tolist()
+        return make(*words, *more).run_step._run._rows._table[:, 0].tolist()
 
     warm_up = "optim.scheduler_config.params.warm_up_steps=2"
     assert rates(warm_up, "--scale_lr=True") == pytest.approx([3e-4, 6e-4, 6e-4])
@@ -307,7 +306,7 @@ def test_gradients_enter_the_moments_clipped(
     assert np.sqrt(np.sum(squares)) == pytest.approx(0.25 * norm * kept, rel=1e-5)
 
 
-def test_moving_averages_are_kept_and_drawn_from(run: Callable[..., Run], plain: Run) -> None:
+def test_the_ema_is_kept_and_drawn_from(run: Callable[..., Run], plain: Run) -> None:
     from sdxl_host.sampling.load import restore_sampler
 
     found = run("--use_ema=True", "--save_ckpt_interval=1")
@@ -327,7 +326,7 @@ def test_moving_averages_are_kept_and_drawn_from(run: Callable[..., Run], plain:
     # Without the flag there are none.
     assert not (plain.folder / "checkpoints" / "latest" / "ema.safetensors").exists()
     np.testing.assert_array_equal(plain.grids[-1]["bias"], weights[BIAS])
-    with pytest.raises(ConfigError, match=r"^--use_ema True: .* keeps no moving averages"):
+    with pytest.raises(ConfigError, match=r"^--use_ema True: .* keeps no EMA"):
         restore_sampler(plain.folder / "checkpoints" / "latest", True)
 
 
@@ -449,8 +448,9 @@ def test_the_queue_holds_as_many_steps_as_it_is_told_to(
     monkeypatch.setattr(ms, "data_sink", lambda *given, **options: lambda: None)
     for words, told in ((["--sink_queue_size=3"], "3"), ([], "")):
         monkeypatch.setenv(name, "")
-        trainer = make("--data_sink=True", *words)
-        trainer._feed(SimpleNamespace(size=2), iter([[np.zeros(2, np.float32)] * 6]), 1)
+        trainer = make("--data_sink=True", "--sink_size=1", *words)
+        trainer.run_step._step.outputs = list
+        trainer.run_step([[np.zeros(2, np.float32)] * 6])
         assert os.environ[name] == told
 
 
@@ -466,8 +466,8 @@ def test_bfloat16_where_the_device_has_it(make: Make, monkeypatch: pytest.Monkey
     said: list[str] = []
     trainer = make(*words, said=said)
     assert "precision   O2, bfloat16 but for norms and SiLU, weights in float32" in said
-    assert not trainer.cell.is_scaled  # its exponents reach as far as float32's
-    assert make("--ms_amp_level=O2", "--ms_amp_dtype=float16").cell.is_scaled
+    assert not trainer.state.cell.is_scaled  # its exponents reach as far as float32's
+    assert make("--ms_amp_level=O2", "--ms_amp_dtype=float16").state.cell.is_scaled
 
 
 def test_weights_in_16_bits_but_for_norms(make: Make) -> None:
@@ -480,7 +480,7 @@ def test_weights_in_16_bits_but_for_norms(make: Make) -> None:
     types = {nn.Dense: ms.float16, nn.Conv2d: ms.float16}
     types |= {nn.GroupNorm: ms.float32, nn.LayerNorm: ms.float32}
     seen = set()
-    for _, cell in trainer.parts.cell.cells_and_names():
+    for _, cell in trainer.state.networks.cell.cells_and_names():
         for kind, dtype in types.items():
             if isinstance(cell, kind):
                 seen.add(kind)

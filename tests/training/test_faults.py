@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import pathlib
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,11 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 from sdxl_host import hookimpl
 from sdxl_host.checkpoints.open import find_latest, open_checkpoint
-from sdxl_host.checkpoints.write import Contents, remove_older, save_checkpoint
 from sdxl_host.cli import main
 from sdxl_host.config.load import load
 from sdxl_host.data.dataset import Sample, Text2ImageDataset
-from sdxl_host.errors import DataError, PluginError
+from sdxl_host.errors import PluginError
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
@@ -135,64 +132,6 @@ def test_a_disk_that_is_full_when_metrics_are_written(run: Path, refused: Refuse
     loads(run, 2)
 
 
-# Python 3.10's paths hold the calls of `os` by names of their own.
-ACCESSOR = dict(vars(getattr(pathlib, "_NormalAccessor", object)))
-CALLS = ("fsync", "link", "mkdir", "open", "rename", "replace", "rmdir", "symlink", "unlink")
-
-
-def test_no_failing_call_costs_the_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each call of saving and of rotating fails once: DataError, and what is there is whole."""
-
-    def save(step: int) -> None:
-        arrays = {"a": np.full(3, step, np.float32)}
-        save_checkpoint(
-            tmp_path,
-            Contents(step, "train: {}\n", arrays, arrays, {}, arrays, {}, {"snr": arrays}, [], {}),
-        )
-        remove_older(tmp_path, 1)
-
-    def failing(at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-            def count(*arguments: Any, **options: Any) -> Any:
-                calls.append(call.__name__)
-                if len(calls) == at:
-                    raise OSError(28, "No space left on device")
-                return call(*arguments, **options)
-
-            return count
-
-        return counted
-
-    originals = {name: getattr(os, name) for name in CALLS}
-    save(1)
-    failed: list[str] = []
-    calls: list[str] = []
-    step, at = 2, 1
-    while len(calls) >= at - 1:
-        calls.clear()
-        with monkeypatch.context() as patch:
-            for name, call in originals.items():
-                counted = failing(at)(call)
-                patch.setattr(os, name, counted)
-                if ACCESSOR.get(name) is call:
-                    patch.setattr(pathlib._NormalAccessor, name, staticmethod(counted))
-            try:
-                save(step)
-            except DataError as error:
-                failed.append(f"{calls[at - 1]}: {error}")
-        assert open_checkpoint(tmp_path / "latest").step in (step - 1, step)
-        for folder in tmp_path.glob("step_*"):
-            open_checkpoint(folder)
-        save(step)
-        assert {path.name for path in tmp_path.iterdir()} == {"latest", f"step_{step:08d}"}
-        step, at = step + 1, at + 1
-    assert all("No space left on device" in told for told in failed)
-    failing_calls = {told.partition(":")[0] for told in failed}
-    assert failing_calls >= {"fsync", "mkdir", "rename", "replace", "symlink", "unlink"}
-
-
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "samples", ".lock", ""])
 def test_a_file_where_a_folder_belongs_or_a_folder_where_a_file_does(
     tmp_path: Path, refused: Refused, name: str
@@ -239,71 +178,6 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_goes_on(
     earlier = run / "checkpoints" / "step_00000001"
     assert main(["train", *words, "--resume", str(earlier)]) == 0
     loads(run, 2)
-
-
-def test_no_flipped_bit_of_a_state_file_goes_unseen(run: Path) -> None:
-    """Its hash is in itself; only a space may become another that JSON takes for the same."""
-    folder = run / "checkpoints" / "step_00000001"
-    file = folder / "state.json"
-    whole, opened = file.read_bytes(), open_checkpoint(folder)
-    inner = whole.index(b'"step"'), whole.index(b'"versions"')
-    places = [*range(*inner), *range(0, len(whole), 17)]
-    seen = 0
-    for place in places:
-        for bit in range(8):
-            damaged = bytearray(whole)
-            damaged[place] ^= 1 << bit
-            file.write_bytes(damaged)
-            try:
-                assert open_checkpoint(folder) == opened
-                assert whole[place] in b" \n"
-            except DataError:
-                seen += 1
-    assert seen > 7 * len(places)
-
-
-def test_shared_frozen_weights_that_are_damaged_are_written_anew_by_the_next_checkpoint(
-    tmp_path: Path,
-) -> None:
-    """They are one file on the disk, so there is no use in trying the others that share it."""
-    arrays = {"a": np.zeros(100, np.float32)}
-
-    def save(step: int) -> Path:
-        contents = Contents(step, "train: {}\n", arrays, arrays, {}, arrays, {}, {}, [], {})
-        return save_checkpoint(tmp_path, contents)
-
-    first, second = save(1), save(2)
-    file = second / "frozen.safetensors"
-    status = file.stat()
-    with open(file, "r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        stream.write(b"\1")
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a failing disk does it
-    third, fourth = save(3), save(4)
-    told = r"frozen\.safetensors: was changed or damaged; 2 checkpoints of the run share it, so use"
-    for folder in (first, second):
-        with pytest.raises(DataError, match=told):
-            open_checkpoint(folder)
-    for folder in (third, fourth):
-        assert open_checkpoint(folder)
-        assert not load_file(folder / "frozen.safetensors")["a"].any()
-    assert os.path.samefile(third / "frozen.safetensors", fourth / "frozen.safetensors")
-
-
-@pytest.mark.parametrize("damage", ["", "{}", None])
-def test_frozen_weights_whose_hash_is_lost_are_written_anew(
-    tmp_path: Path, damage: str | None
-) -> None:
-    """What can't be compared is not trusted."""
-    arrays = {"a": np.zeros(3, np.float32)}
-    for step in (1, 2):
-        contents = Contents(step, "train: {}\n", arrays, arrays, {}, arrays, {}, {}, [], {})
-        saved = save_checkpoint(tmp_path, contents)
-        if damage is None:
-            (saved / "state.json").unlink()
-        elif step == 1:
-            (saved / "state.json").write_text(damage)
-    assert (saved / "frozen.safetensors").stat().st_nlink == 1
 
 
 # ---- numbers that are none
@@ -497,28 +371,6 @@ def test_a_plugin_that_raises_where_it_is_not_asked_by_a_hook_is_named() -> None
         hooks.notes(None)
 
 
-def test_an_exporter_that_raises_leaves_the_earlier_checkpoint_whole(run: Path) -> None:
-    """A full disk is not the plugin's fault, and is told as ever."""
-    arrays = {"a": np.zeros(3, np.float32)}
-    full = OSError(28, "No space left on device")
-
-    def save(cause: Exception) -> None:
-        def export(folder: Path) -> None:
-            (folder / "extra.txt").write_text("half")
-            raise PluginError("export: one: mend the plugin") from cause
-
-        contents = Contents(3, "train: {}\n", arrays, arrays, {}, arrays, {}, {}, [], {}, export)
-        save_checkpoint(run / "checkpoints", contents)
-
-    for cause in (KeyError("gone"), PermissionError(13, "Permission denied")):
-        with pytest.raises(PluginError, match="export: one: mend the plugin"):
-            save(cause)
-        loads(run, 2)
-    with pytest.raises(DataError, match=r"can't be written \(No space left on device\)"):
-        save(full)
-    loads(run, 2)
-
-
 # ---- what is in a new run's folder
 
 
@@ -562,12 +414,12 @@ def test_a_second_run_in_the_folder_of_one_at_work_is_refused(run: Path, refused
 
 
 def test_a_run_holds_its_folder_until_it_ends(run: Path, refused: Refused) -> None:
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     words = [*ARGUMENTS, "--plugins=none", "--save_path", str(run), "--resume=latest"]
-    first = Trainer(load([*words, "--total_step=3"]), [].append)
+    first = make_trainer(load([*words, "--total_step=3"]), [].append)
     assert "another run is at work in it" in refused(run, "--resume=latest")
     assert first.run() == 0
-    second = Trainer(load([*words, "--total_step=4"]), [].append)
+    second = make_trainer(load([*words, "--total_step=4"]), [].append)
     assert second.run() == 0
     loads(run, 4)

@@ -465,10 +465,12 @@ SMALLEST = (
 @pytest.fixture
 def rates_of_run(device: str, tmp_path: Path) -> Rates:
     """Trains and gives the learning rates in metrics.jsonl."""
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     def run(*words: str) -> list[float]:
-        made = Trainer(load([*words, *SMALLEST, "--save_path", str(tmp_path)]), lambda line: None)
+        made = make_trainer(
+            load([*words, *SMALLEST, "--save_path", str(tmp_path)]), lambda line: None
+        )
         made.run()
         lines = (made.save_path / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["learning_rate"] for line in lines]
@@ -512,20 +514,19 @@ def test_scale_lr_multiplies_by_the_samples_of_an_update(
     np.testing.assert_allclose(told, 1e-3 * samples * np.array([0.5, 1.0]), rtol=1e-6)
 
 
-def test_scale_lr_counts_the_workers(
+def test_scale_lr_counts_the_ranks(
     device: str, settings: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two workers with two batches of three: 12 samples in an update. A worker who hears its own
-    words from the other stands for both."""
-    from sdxl_host.training.distributed import Workers
-    from sdxl_host.training.trainer import Trainer
+    """Two ranks with two batches of three: 12 samples in an update. Rank 0 stands for both."""
+    from sdxl_host.training.build import make_trainer
+    from sdxl_host.training.distributed import Ranks
 
-    monkeypatch.setattr(Workers, "texts", lambda self, text: [text, text])
+    monkeypatch.setattr(Ranks, "texts", lambda self, text: [text, text])
     words = settings("sdxl_host.LambdaWarmUpScheduler", "{warm_up_steps: 4}")
     words += ["--scale_lr=True", "--per_batch_size=3", "--gradient_accumulation_steps=2"]
     config = load([*words, *SMALLEST, "--save_path", str(tmp_path)])
-    made = Trainer(config, lambda line: None, Workers(0, 2))
+    made = make_trainer(config, lambda line: None, Ranks(0, 2))
     assert made.batch_size == 12
-    rates = made.table[:, 0]
+    rates = made.run_step._run._rows._table[:, 0]
     np.testing.assert_allclose(rates, 12e-3 * np.array([0.25, 0.5, 0.75, 1.0]), rtol=1e-6)
-    made.folder.release()
+    made.folder.close()

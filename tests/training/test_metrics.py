@@ -11,7 +11,8 @@ import pytest
 
 from sdxl_host.config.load import load
 from sdxl_host.errors import DataError
-from sdxl_host.training.observers import Metrics
+from sdxl_host.training.build import make_trainer
+from sdxl_host.training.observers import Checkpoints, Metrics
 from sdxl_host.training.trainer import Trainer
 
 NETWORK = "model.params.network_config.params"
@@ -23,7 +24,7 @@ WORDS = [
 
 
 def train(folder: Path, *words: str) -> Trainer:
-    return Trainer(load([*WORDS, f"--save_path={folder}", *words]), say=lambda line: None)
+    return make_trainer(load([*WORDS, f"--save_path={folder}", *words]), say=lambda line: None)
 
 
 @pytest.fixture
@@ -48,14 +49,14 @@ def test_a_checkpoint_s_lines_are_on_the_disk_before_it_is(
 ) -> None:
     """Also where the step that is saved, here 3, has no line of its own."""
     seen: list[list[int]] = []
-    save = Trainer.save
+    save = Checkpoints.save
 
-    def noting(trainer: Trainer) -> Path:
+    def noting(checkpoints: Checkpoints) -> Path:
         lines = synced[str(tmp_path / "metrics.jsonl")].decode().splitlines()
         seen.append([json.loads(line)["step"] for line in lines])
-        return save(trainer)
+        return save(checkpoints)
 
-    monkeypatch.setattr(Trainer, "save", noting)
+    monkeypatch.setattr(Checkpoints, "save", noting)
     train(tmp_path, "--total_step=4", "--log_interval=2", "--save_ckpt_interval=3").run()
     assert seen == [[2], [2, 4]]
 
@@ -73,7 +74,8 @@ def test_lines_that_are_kept_are_on_the_disk_before_the_others_are_gone(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", noting)
-    Metrics(file, 1, 3, 9).close()
+    with Metrics(file, 1, 1, resumed_step=3, total=9):
+        pass
     assert file.read_bytes() == kept
     assert synced[str(tmp_path)] == b"metrics.jsonl"
 
@@ -89,10 +91,25 @@ def test_a_disk_that_does_not_take_the_lines_ends_the_run(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(descriptor)
 
-    trainer = Trainer(
+    trainer = make_trainer(
         load([*WORDS, "--total_step=1", f"--save_path={tmp_path}"]), lambda line: None
     )
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(DataError, match=r"metrics\.jsonl: can't be written \(Input/output error\)"):
         trainer.run()
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("interval", "kept"), [(1, 5), (2, 4), (3, 3), (5, 5), (7, 0)])
+def test_the_last_line_of_a_shorter_run_is_not_in_a_longer_one(
+    tmp_path: Path, interval: int, kept: int
+) -> None:
+    """Which writes it only where it is due."""
+    file = tmp_path / "metrics.jsonl"
+    steps = [step for step in range(1, 7) if step % interval == 0 or step == 5]
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    with Metrics(file, interval, 1, resumed_step=5, total=9):
+        pass
+    left = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert left == [step for step in range(1, 6) if step % interval == 0]
+    assert max([0, *left]) == kept

@@ -255,7 +255,7 @@ def test_accumulating_is_the_update_of_the_whole_gradient(limit):
         assert_close(other, ends[0])
 
 
-# ---- moving averages
+# ---- EMA
 
 
 def closed_form(start: np.ndarray, weights: Sequence[np.ndarray], decay: float) -> np.ndarray:

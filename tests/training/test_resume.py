@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from sdxl_host.checkpoints.open import Checkpoint, open_checkpoint
 from sdxl_host.checkpoints.write import Contents, save_checkpoint
 from sdxl_host.config.load import load, restore
-from sdxl_host.data.dataset import Text2ImageDataset
-from sdxl_host.data.order import Order
 from sdxl_host.errors import ConfigError
 from sdxl_host.training.ema import ema_shares
 from sdxl_host.training.lr_schedulers import LinearScheduler
-from sdxl_host.training.observers import Metrics
 from sdxl_host.training.resume import find_checkpoint
 from sdxl_host.training.run_folder import settings_text
-from sdxl_host.training.summary import end_lines, plugin_list
+from sdxl_host.training.state import RunRecord
+from sdxl_host.training.summary import plugin_list
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 NETWORK = "model.params.network_config.params"
@@ -46,11 +41,11 @@ Train = Callable[..., tuple[Path, list[str]]]
 @pytest.fixture(scope="module")
 def train(device: str) -> Train:
     """Trains in this process, into a folder; gives the run's and what was said."""
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     def run(folder: Path, *words: str) -> tuple[Path, list[str]]:
         said: list[str] = []
-        trainer = Trainer(load([*ARGUMENTS, "--save_path", str(folder), *words]), said.append)
+        trainer = make_trainer(load([*ARGUMENTS, "--save_path", str(folder), *words]), said.append)
         trainer.run()
         return trainer.save_path, said
 
@@ -59,11 +54,11 @@ def train(device: str) -> Train:
 
 def resumed(run: Path, *words: str) -> tuple[Any, list[str]]:
     """A trainer that would go on, and what was said."""
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     said: list[str] = []
-    trainer = Trainer(load([*ARGUMENTS, "--save_path", str(run), *words]), said.append)
-    trainer.folder.release()
+    trainer = make_trainer(load([*ARGUMENTS, "--save_path", str(run), *words]), said.append)
+    trainer.folder.close()
     return trainer, said
 
 
@@ -101,7 +96,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps with accumulation, averages, three plugins and caption dropout."""
+    """Five steps with accumulation, EMA, three plugins and caption dropout."""
     return train(tmp_path_factory.mktemp("whole"), *ALL)[0]
 
 
@@ -124,20 +119,20 @@ def test_a_run_goes_on_the_same_from_any_checkpoint_and_in_any_process(
 
 def test_updates_that_were_skipped_are_counted_on(whole: Path, device: str, tmp_path: Path) -> None:
     """So a resumed run that skips too many in a row ends where the uninterrupted one ends."""
-    from sdxl_host.training import state
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     checkpoint = open_checkpoint(copied(whole, tmp_path / "part", 4))
-    trainer = Trainer(load([*ARGUMENTS, *ALL, f"--resume={checkpoint.folder}"]), [].append)
-    assert state.take(trainer).counts == {"skipped": 0, "skipped_in_a_row": 0}
-    arrays = state.take(trainer).network.values()
+    trainer = make_trainer(load([*ARGUMENTS, *ALL, f"--resume={checkpoint.folder}"]), [].append)
+    record = RunRecord("", [], {}, with_optimizer=True, exports=[])
+    state = trainer.state
+    assert state.capture(record).counts == {"skipped": 0, "skipped_in_a_row": 0}
+    arrays = state.capture(record).network.values()
     assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
     assert not any(array.flags.writeable for array in arrays)  # they may be the weights themselves
     counts = {"skipped": 3, "skipped_in_a_row": 2}
-    assert state.give_back(trainer, replace(checkpoint, counts=counts), is_lenient=False) == []
-    assert state.take(trainer).counts == counts
-    assert trainer.guard.lines() == ["skipped     3 updates, whose gradients were not finite"]
-    trainer.folder.release()
+    assert state.restore(replace(checkpoint, counts=counts), is_lenient=False) == []
+    assert state.capture(record).counts == counts
+    trainer.folder.close()
 
 
 def test_what_settings_that_may_differ_have_no_state_of_is_named(
@@ -149,7 +144,7 @@ def test_what_settings_that_may_differ_have_no_state_of_is_named(
     same, said = resumed(tmp_path / "part", *words)
     assert not any(line.startswith("changed ") for line in said)
     kept = load_file(tmp_path / "part" / "checkpoints" / "latest" / "optimizer.safetensors")
-    state = same.cell.state()
+    state = same.state.cell.state()
     assert {n: a.tobytes() for n, a in state.items()} == {n: a.tobytes() for n, a in kept.items()}
 
     words[words.index("--use_ema=True")] = "--use_ema=False"
@@ -158,67 +153,34 @@ def test_what_settings_that_may_differ_have_no_state_of_is_named(
         "train.use_ema is True there and False here",
         "train.ms_amp_level is 'O0' there and 'O2' here",
         "loss_scale and loss_scale_age begin anew",
-        "the moving average is left out",
+        "the EMA is left out",
     ]
 
 
 def test_state_of_another_shape_is_not_taken(whole: Path, device: str, tmp_path: Path) -> None:
     """Refused before any other is taken, or named where that is allowed."""
-    from sdxl_host.training import state
-
     checkpoint = open_checkpoint(copied(whole, tmp_path / "part", 4))
     trainer, _ = resumed(tmp_path / "part", *ALL, f"--resume={checkpoint.folder}")
-    before = trainer.cell.state()
+    before = trainer.state.cell.state()
     name = "adam_v.out.2.bias"
     other = {n: np.full_like(a, 9) for n, a in before.items()} | {name: np.zeros(2, np.float32)}
-    averages = load_file(checkpoint.folder / "ema.safetensors")
+    ema = load_file(checkpoint.folder / "ema.safetensors")
     lost = "model.diffusion_model.out.2.bias"
-    averages.pop(lost)
-    for file, found in (("optimizer", other), ("ema", averages)):
+    ema.pop(lost)
+    for file, found in (("optimizer", other), ("ema", ema)):
         (checkpoint.folder / f"{file}.safetensors").unlink()
         save_file(found, checkpoint.folder / f"{file}.safetensors")
     told = rf"{name} is of shape \(2,\) there and of shape \(3,\) here; and 1 more; go on with the"
     with pytest.raises(ConfigError, match=told):
-        state.give_back(trainer, checkpoint, is_lenient=False)
-    assert trainer.cell.state()["applied"] == 4
-    assert state.give_back(trainer, checkpoint, is_lenient=True) == [
+        trainer.state.restore(checkpoint, is_lenient=False)
+    assert trainer.state.cell.state()["applied"] == 4
+    assert trainer.state.restore(checkpoint, is_lenient=True) == [
         f"{name} begins anew",
-        f"the moving average of {lost} begins with these weights",
+        f"the EMA of {lost} begins with these weights",
     ]
-    after = trainer.cell.state()
+    after = trainer.state.cell.state()
     assert after["applied"] == 9
     assert after[name].tobytes() == before[name].tobytes()
-
-
-def test_a_batch_is_a_function_of_seed_and_step(device: str, tmp_path: Path) -> None:
-    """Asked for alone, after others, backwards, and from more threads: the same, all of it."""
-    from sdxl_host.training.batches import Batch, Batches
-
-    for index in range(5):  # wider than high, so that they are cropped by chance
-        pixels = np.random.default_rng(index).integers(0, 256, (20, 40, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-        (tmp_path / f"{index}.txt").write_text(f"image {index}")
-    transforms = load(ARGUMENTS).data.dataset_config["params"]["transforms"]
-
-    def batches(threads: int, seed: int = 5) -> Any:
-        dataset = Text2ImageDataset(16, transforms, str(tmp_path))
-        order = Order(len(dataset), 4, seed, shuffle=True)
-        return Batches(dataset, order, range(1, 3), seed, (3, 16, 16), 0.1, True, threads)
-
-    def values(batch: Batch) -> dict[str, Any]:
-        found = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        found |= {f"sizes.{name}": value for name, value in found.pop("sizes").items()}
-        return {n: v.tobytes() if isinstance(v, np.ndarray) else v for n, v in found.items()}
-
-    one, other = batches(1), batches(4)
-    forwards = [values(one.batch(step)) for step in range(1, 8)]
-    backwards = [values(other.batch(step)) for step in range(7, 0, -1)]
-    assert forwards == backwards[::-1]
-    assert values(batches(2).batch(7)) == forwards[-1]
-    for name in ("level_u", "noise", "posterior", "dropout_u", "sizes.crop_coords_top_left"):
-        assert len({found[name] for found in forwards}) == 7, name
-    differ = {n for n, v in values(batches(1, seed=6).batch(7)).items() if v != forwards[-1][n]}
-    assert differ >= {"names", "level_u", "noise", "posterior", "dropout_u"}
 
 
 # ---- other plugins
@@ -256,7 +218,9 @@ def test_other_plugins_are_refused_by_name_and_allowed_when_asked_for(
     there = r"plugins.first is {} there and None here"
     here = r"plugins.third is None there and {} here"
     order = "plugins in the order first, second there and third, second here"
-    assert f"{there}; {here}; {order}; go on with its own by --config" in str(refused.value)
+    assert f"{there}; {here}; {order}; go on with those of the checkpoint by --config" in str(
+        refused.value
+    )
     assert (run / "checkpoints" / "latest").resolve().name == "step_00000002"
 
     upgrade(site, "second")
@@ -328,13 +292,13 @@ def test_a_plugin_that_trains_other_parameters_is_refused_and_allowed_when_asked
         "adam_m.time_embed.0.weight, adam_m.time_embed.0.bias and 6 more of the optimizer's arrays "
         "begin anew",
         "adam_m.out.0.beta, adam_m.out.0.gamma and 4 more of the optimizer's arrays are left out",
-        "the moving average of {0}time_embed.0.weight, {0}time_embed.0.bias and 2 more begins with "
+        "the EMA of {0}time_embed.0.weight, {0}time_embed.0.bias and 2 more begins with "
         "these weights".format("model.diffusion_model."),
-        "the moving average of {0}out.0.bias, {0}out.0.weight and {0}out.2.bias is left out".format(
+        "the EMA of {0}out.0.bias, {0}out.0.weight and {0}out.2.bias is left out".format(
             "model.diffusion_model."
         ),
     ]
-    state, stays = trainer.cell.state(), [f"adam_{x}.out.2.weight" for x in "mv"]
+    state, stays = trainer.state.cell.state(), [f"adam_{x}.out.2.weight" for x in "mv"]
     assert all(state[name].tobytes() == kept[name].tobytes() for name in [*stays, "applied"])
     assert not any(state[name].any() for name in state if ".time_embed." in name)
 
@@ -434,7 +398,7 @@ def test_the_same_weights_may_be_written_otherwise(
             differences(checkpoint, *words, f"--weight={others}")
 
 
-def test_averages_of_a_run_do_not_follow_its_length() -> None:
+def test_the_ema_of_a_run_does_not_follow_its_length() -> None:
     """So a longer run is the same run as far as both go."""
     shares = ema_shares(0.9999, 50)
     assert shares[:20].tolist() == ema_shares(0.9999, 20).tolist()
@@ -473,47 +437,6 @@ def test_more_differences_than_a_line_holds_are_counted(saved: Saved) -> None:
         find_checkpoint(load(resumed), {})
     with pytest.raises(ConfigError, match=r"scale_lr is .*; and 1 more; go on"):
         find_checkpoint(load([*resumed, "data.shuffle=False"]), {})
-
-
-# ---- what is said and logged
-
-
-@pytest.mark.parametrize(("interval", "kept"), [(1, 5), (2, 4), (3, 3), (5, 5), (7, 0)])
-def test_the_last_line_of_a_shorter_run_is_not_in_a_longer_one(
-    tmp_path: Path, interval: int, kept: int
-) -> None:
-    """Which writes it only where it is due."""
-    file = tmp_path / "metrics.jsonl"
-    steps = [step for step in range(1, 7) if step % interval == 0 or step == 5]
-    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
-    Metrics(file, interval, 5, 9).close()
-    left = [json.loads(line)["step"] for line in file.read_text().splitlines()]
-    assert left == [step for step in range(1, 6) if step % interval == 0]
-    assert max([0, *left]) == kept
-
-
-def test_a_run_is_told_to_go_on_only_where_steps_are_left(tmp_path: Path) -> None:
-    guard = SimpleNamespace(lines=lambda: ["skipped     3 updates"])
-    settings = SimpleNamespace(train=SimpleNamespace(save_optimizer=True))
-    ended = SimpleNamespace(
-        guard=guard, config=settings, save_path=tmp_path, total_steps=5, step=5, is_interrupted=True
-    )
-    lines = [
-        "skipped     3 updates",
-        "trained to step 5 in 8 s",
-        f"metrics     {tmp_path / 'metrics.jsonl'}",
-        f"settings    {tmp_path / 'config.yaml'}",
-        "checkpoint  c",
-        "images      p",
-    ]
-    assert end_lines(ended, 7.6, Path("c"), Path("p")) == lines
-    ended.step = 4
-    goes_on = "to go on    sdxl-host train ... --resume c"
-    assert end_lines(ended, 7.6, Path("c"), None)[-2:] == ["checkpoint  c", goes_on]
-    settings.train.save_optimizer = False
-    assert end_lines(ended, 7.6, Path("c"), None)[-1] == goes_on.replace("resume", "weight")
-    ended.is_interrupted = False
-    assert end_lines(ended, 7.6, Path("c"), None)[-1] == "checkpoint  c"
 
 
 # ---- runs that began with weights

@@ -145,7 +145,7 @@ def train(site: Any, device: str, tmp_path: Path) -> Callable[..., tuple[int, li
 
     signalled: the signal that comes while the lines of step 2 are written.
     """
-    from sdxl_host.training.trainer import Trainer
+    from sdxl_host.training.build import make_trainer
 
     site.add("waiting", source=WAITING)
 
@@ -160,7 +160,7 @@ def train(site: Any, device: str, tmp_path: Path) -> Callable[..., tuple[int, li
                 signal.raise_signal(signalled)
 
         arguments = [*ARGUMENTS, "--save_path", str(tmp_path / folder), "--total_step=5", *words]
-        return Trainer(load(arguments), say).run(), said
+        return make_trainer(load(arguments), say).run(), said
 
     return run
 

@@ -40,16 +40,16 @@ def open_checkpoint_weights(folder: Path, use_ema: bool = True) -> Source:
     for which no format has names.
     """
     # Imported here, because the other formats are read without it.
-    from sdxl_host.checkpoints.layout import AVERAGES_FILE, FROZEN_FILE, NETWORK_FILE
+    from sdxl_host.checkpoints.layout import EMA_FILE, FROZEN_FILE, NETWORK_FILE
     from sdxl_host.checkpoints.open import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     model: dict[str, Any] = checkpoint.settings["model"]["params"]
     merged = over(open_safetensors(folder / FROZEN_FILE), open_safetensors(folder / NETWORK_FILE))
     described = f"{folder} (checkpoint of step {checkpoint.step})"
-    if use_ema and checkpoint.has_averages:
-        merged = over(merged, open_safetensors(folder / AVERAGES_FILE))
-        described = f"{folder} (checkpoint of step {checkpoint.step}, moving averages)"
+    if use_ema and checkpoint.has_ema:
+        merged = over(merged, open_safetensors(folder / EMA_FILE))
+        described = f"{folder} (checkpoint of step {checkpoint.step}, EMA)"
     found = without_extras(merged, described)
     architecture = _architecture(found.shapes, model)
     _refuse_additions(folder, checkpoint.record["hooks"]["build_model"], found.shapes, architecture)

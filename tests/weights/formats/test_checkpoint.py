@@ -56,7 +56,7 @@ def checkpoint(small_model, tmp_path) -> Path:
         config=yaml.safe_dump(CONFIG),
         network={n: a for n, a in arrays.items() if n.startswith(UNET)},
         frozen={n: a for n, a in arrays.items() if not n.startswith(UNET)},
-        averages={},
+        ema={},
         optimizer={"m": np.zeros(1, np.float32)},
         counts={"skipped": 0, "skipped_in_a_row": 0},
         plugin_states={},

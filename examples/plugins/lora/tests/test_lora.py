@@ -43,7 +43,7 @@ def trained_before(trainer: Any) -> None:
     """Gives the network's last layers numbers: while they are 0, attention has no effect."""
     from mindspore import Tensor
 
-    for name, parameter in trainer.parts.network.items():
+    for name, parameter in trainer.state.networks.network.items():
         if not is_adapter(name) and not parameter.asnumpy().any():
             parameter.set_data(Tensor(started(name, parameter.shape)))
 
@@ -71,7 +71,7 @@ def plain(
 
     def prepare(trainer: Any) -> None:
         trained_before(trainer)
-        before.update({n: p.asnumpy().copy() for n, p in trainer.parts.network.items()})
+        before.update({n: p.asnumpy().copy() for n, p in trainer.state.networks.network.items()})
 
     folder = tmp_path_factory.mktemp("plain")
     return tiny_run([], folder=folder, flags=ATTENTION, prepare=prepare), before
@@ -170,7 +170,7 @@ def test_recomputed_blocks_train_alike(tmp_path: Path, adapted: TinyRun) -> None
 
     def prepare(trainer: Any) -> None:
         trained_before(trainer)
-        before.update({n: p.asnumpy().copy() for n, p in trainer.parts.network.items()})
+        before.update({n: p.asnumpy().copy() for n, p in trainer.state.networks.network.items()})
 
     flags = [*ATTENTION, "model.params.network_config.params.use_recompute=True"]
     options = {"lora": OPTIONS}

@@ -81,7 +81,7 @@ class LossAware:
     def on_step_end(self, trainer: TrainerView, result: StepResult) -> None:
         """Takes this step's losses, as they would weigh without the correction, into the moments.
 
-        Losses that are not finite are left out. The moments are equal on all workers, because the
+        Losses that are not finite are left out. The moments are equal on all ranks, because the
         losses are those of the whole batch.
         """
         losses = result.per_sample_loss.astype(np.float64)

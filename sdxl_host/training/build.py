@@ -1,0 +1,248 @@
+"""From settings to a trainer that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from sdxl_host.checkpoints.layout import CHECKPOINTS
+from sdxl_host.config.load import RunConfig
+from sdxl_host.data.dataset import Text2ImageDataset
+from sdxl_host.data.order import Order
+from sdxl_host.diffusion.model import DiffusionModel
+from sdxl_host.models.precision import (
+    LOSS_SCALE,
+    check_precision,
+    halve_parameters,
+    is_scaled,
+    set_precision,
+)
+from sdxl_host.plugins.hooks import Hooks, make_hooks
+from sdxl_host.sampling.pipeline import Conditions, ImageSampler
+from sdxl_host.settings.targets import build
+from sdxl_host.training import data_sink, summary
+from sdxl_host.training.batches import Batches
+from sdxl_host.training.distributed import Ranks
+from sdxl_host.training.ema import EMA
+from sdxl_host.training.inputs import EncodePrompts, Encoder
+from sdxl_host.training.observers import (
+    Checkpoints,
+    FiniteGuard,
+    Grids,
+    Metrics,
+    Observer,
+    Progress,
+    SharedStop,
+)
+from sdxl_host.training.optimizer import configured
+from sdxl_host.training.resume import find_checkpoint
+from sdxl_host.training.run_folder import RunFolder
+from sdxl_host.training.signals import Interruption
+from sdxl_host.training.state import RunRecord, RunState
+from sdxl_host.training.step import StepRunner, TrainStep
+from sdxl_host.training.trainer import OneByOne, RunStep, Trainer
+from sdxl_host.training.update_table import update_table
+from sdxl_host.weights.networks import build_networks, check_fit
+from sdxl_host.weights.open import open_weight_setting
+
+__all__ = ["make_trainer"]
+
+
+def make_trainer(
+    config: RunConfig, say: Callable[[str], None] = print, ranks: Ranks | None = None
+) -> Trainer:
+    """The trainer of a run: new, or resumed where the settings name a checkpoint.
+
+    say: where lines for the user go; only rank 0 prints. ranks: this process among those that share
+    the run. Raises HostError for whatever the user can mend, before anything slow has begun where
+    that is possible.
+    """
+    ranks = ranks or Ranks()
+    if not ranks.is_main_process:
+        say = _print_nothing
+    settings, total = config.train, config.data.total_step
+
+    # What is cheap to get wrong comes first.
+    check_precision(settings)
+    dataset: Text2ImageDataset = build(
+        OmegaConf.to_container(config.tree.data.dataset_config), "dataset", "data.dataset_config"
+    )
+    rank_size = config.data.per_batch_size * settings.gradient_accumulation_steps
+    batch_size = rank_size * ranks.world_size
+    checkpoint, changes = find_checkpoint(config, summary.samples_of(batch_size, dataset))
+    source = open_weight_setting(settings.weight) if checkpoint is None else None
+    with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
+        dataset.check(threads)
+    optimizer, rates = configured(config.optim, total, batch_size if settings.scale_lr else 1)
+    hooks = make_hooks(config.plugins)
+    model = hooks.build_model(config.tree)
+    # Copied before the networks exist, of which a plugin may keep parts.
+    asked = hooks.copy()
+    size = (dataset.target_size, dataset.target_size)
+    check_fit(model, size, "data.dataset_config.params.target_size")
+    if settings.data_sink:
+        data_sink.check(config, hooks, model, checkpoint.step if checkpoint else 0)
+    ranks.check_equal(
+        summary.digest(config, dataset, checkpoint), "settings, plugins, captions or checkpoint"
+    )
+    folder = RunFolder(config, checkpoint, ranks)
+
+    # The networks, their weights, and the step that trains them.
+    networks = build_networks(model, settings.seed, source, checkpoint)
+    if ranks.world_size > 1:
+        ranks.check_equal(networks.digest(), "weights")
+    set_precision(model, settings)
+    table = update_table(
+        optimizer, rates, settings.max_grad_norm if settings.clip_grad else None, settings.ema_decay
+    )
+    cell = TrainStep(
+        networks.cell,
+        networks.trained,
+        loss_scale=LOSS_SCALE if is_scaled(settings) else None,
+        batches=settings.gradient_accumulation_steps,
+        has_ema=settings.use_ema,
+        float32=halve_parameters(networks.cell, settings.ms_amp_dtype)
+        if settings.param_fp16
+        else None,
+        ranks=ranks.world_size,
+        rows=max(1024, settings.sink_size),
+    )
+    state = RunState(networks, cell, hooks)
+    if checkpoint is not None:
+        changes += state.restore(checkpoint, is_lenient=settings.allow_changes)
+
+    # What a step takes, and what is done with what it gives.
+    positions = range(ranks.rank * rank_size, (ranks.rank + 1) * rank_size)
+    batches = _make_batches(config, dataset, model, batch_size, positions)
+    encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size)
+    curve_lines, plugin_notes = summary.plugin_lines(asked, model, config, checkpoint)
+    record = RunRecord(
+        settings=folder.settings,
+        plugins=summary.plugin_list(config),
+        learned=summary.record(model, hooks, dataset, batch_size, curve_lines),
+        with_optimizer=settings.save_optimizer,
+        exports=[change.export for change in model.changes if change.export is not None],
+    )
+    interruption = Interruption(say)
+    observers: list[Observer] = [
+        SharedStop(ranks, interruption),
+        FiniteGuard(state, cell.is_scaled),
+    ]
+    checkpoints = Checkpoints(
+        partial(state.capture, record),
+        folder.path / CHECKPOINTS,
+        settings.save_ckpt_interval,
+        settings.max_num_ckpt,
+    )
+    grids = _make_grids(config, dataset, hooks, model, cell.ema)
+    if ranks.is_main_process:
+        metrics = folder.path / "metrics.jsonl"
+        intervals = settings.log_interval, settings.save_ckpt_interval
+        observers += [
+            Metrics(metrics, *intervals, resumed_step=state.step, total=total),
+            Progress(state.step + 1, total, batch_size, settings.ms_mode == 0, say),
+            checkpoints,
+            grids,
+        ]
+    trainer = Trainer(
+        config=config,
+        ranks=ranks,
+        dataset=dataset,
+        batch_size=batch_size,
+        hooks=hooks,
+        model=model,
+        batches=batches,
+        encode=Encoder(model, encode_prompts, positions, config.data.per_batch_size),
+        run_step=run_step,
+        state=state,
+        folder=folder,
+        interruption=interruption,
+        observers=observers,
+        checkpoints=checkpoints,
+        grids=grids,
+        say=say,
+    )
+    for line in summary.start_lines(
+        trainer, curve_lines, [*plugin_notes, *optimizer.notes()], checkpoint, changes, source
+    ):
+        say(line)
+    return trainer
+
+
+def _make_batches(
+    config: RunConfig,
+    dataset: Text2ImageDataset,
+    model: DiffusionModel,
+    batch_size: int,
+    positions: range,
+) -> Batches:
+    """What each step takes from the data and from chance, on this rank."""
+    settings, first_stage = config.train, model.first_stage
+    side = dataset.target_size // first_stage.downsampling
+    return Batches(
+        dataset,
+        Order(len(dataset), batch_size, settings.seed, config.data.shuffle),
+        positions,
+        settings.seed,
+        (first_stage.channels, side, side),
+        model.offset_noise_level,
+        first_stage.is_sampled,
+        threads=config.data.num_parallel_workers,
+        total=config.data.total_step,
+        ahead=settings.sink_size if settings.data_sink else 1,
+    )
+
+
+def _make_step(
+    config: RunConfig,
+    dataset: Text2ImageDataset,
+    model: DiffusionModel,
+    state: RunState,
+    table: np.ndarray,
+    batch_size: int,
+) -> tuple[EncodePrompts, RunStep]:
+    """What makes embeddings of prompts, and what makes a step of its inputs."""
+    settings, hooks = config.train, state.hooks
+    if settings.data_sink:
+        sink = data_sink.SinkRunner(
+            data_sink.SinkStep(state.cell, settings.sink_size, batch_size),
+            table,
+            config.data.total_step - state.step,
+            settings.sink_queue_size,
+            settings.jit_level,
+        )
+        return data_sink.FixedCaptions(hooks, model, dataset), sink
+    run = StepRunner(state.cell, table, settings.ms_mode == 1, settings.jit_level)
+    return partial(hooks.encode_prompt, encoders=model.encoders), OneByOne(run)
+
+
+def _make_grids(
+    config: RunConfig,
+    dataset: Text2ImageDataset,
+    hooks: Hooks,
+    model: DiffusionModel,
+    ema: EMA | None,
+) -> Grids:
+    """What draws the images that show how far a run has come."""
+    settings = config.train
+    conditions = Conditions(
+        (dataset.target_size, dataset.target_size),
+        dataset.typical_size(),
+        aesthetic_score=dataset.aesthetic_score,
+    )
+    first = [image.caption for image in dataset.images[: settings.sample_count]]
+    return Grids(
+        partial(ImageSampler, hooks, model, conditions, settings.ms_mode == 1),
+        list(settings.sample_prompts) or first,
+        settings,
+        nullcontext if ema is None else ema.swapped_in,
+    )
+
+
+def _print_nothing(line: str) -> None:
+    """What ranks other than rank 0 do with their lines."""
