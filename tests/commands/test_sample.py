@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from sdxl_host.cli import main
 from sdxl_host.config.load import load, restore
 from sdxl_host.diffusion.preconditioning import EpsPreconditioning
+from sdxl_host.errors import ConfigError
 from sdxl_host.models import precision
 from sdxl_host.plugins import discovery
 from sdxl_host.sampling import load as restore_module
@@ -284,3 +286,13 @@ def test_bad_input_is_one_clear_line(
     assert said.startswith("sdxl-host: error: ")
     assert said.count("\n") == 1
     assert message in said
+
+
+def test_settings_of_training_are_refused_unless_drawing_heeds_them() -> None:
+    from sdxl_host.commands.sample import _check_for_training
+
+    for word in ("--ms_mode", "--ms_amp_level=O2", "train.device_target=CPU", "model.params.x=1"):
+        _check_for_training(word)
+    for word in ("--clip_grad", "--data-path", "--task", "train.seed=1", "data.ms_mode=1"):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(word)}: is a setting of training"):
+            _check_for_training(word)

@@ -471,3 +471,8 @@ def test_the_options_own_check_is_told_with_its_place(site, make_source):
     site.add("yew", source=make_source(SIZE).replace("    size:", check + "    size:"))
     assert load(["--yew_size", "4"]).plugins[0].options.size == 4
     refuse(["--yew_size", "5"], r"^plugins\.yew: taken$", ConfigError)
+
+
+def test_a_flag_that_may_be_a_broken_plugins_names_the_plugin(site):
+    site.add("ash", source=BROKEN)
+    refuse(["--ash_size=1"], r"plugin ash .*this package is broken", PluginError)
