@@ -1,7 +1,7 @@
 """The promises of a plugin, each a function of a `Subject`; `PluginContract` calls them all.
 
 They raise PluginError with the plugin, what is wrong and how to mend it. None needs MindSpore; for
-those that only runs can show, see `run_checks`.
+those that only runs can show, see `run_checks`, and for prompts, `prompt_checks`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.diffusion.distributions import NoiseDistribution
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.diffusion.objective import NoiseLevels
@@ -22,14 +21,12 @@ from sdxl_host.hookspecs import hookimpl
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.sampling.samplers import SAMPLERS, SPACINGS
-from sdxl_host.testing.parts import noise_levels, tiny_encoders
+from sdxl_host.testing.parts import noise_levels
 from sdxl_host.testing.subject import Subject, check_array
 from sdxl_host.testing.watch import Watch
 
 __all__ = [
-    "PROMPTS",
     "check_build_model",
-    "check_encode_prompt",
     "check_notes",
     "check_sample_timesteps",
     "check_weight_loss",
@@ -43,13 +40,6 @@ _TABLES = 1e-6
 _OUTSIDE = 0.025
 _DRAWS = (np.arange(4096) + 0.5) / 4096
 _EXTREMES = np.array([2.0**-54, 1.0 - 2.0**-53])  # the least and the greatest uniform of a run
-PROMPTS = (
-    "",
-    "a cat on a mat",
-    "a photo of " + "a very " * 150 + "long prompt",
-    "K\u00e4se, \u732b, \U0001f408 and (brackets:1.2) [too] \\( BREAK",
-    "a cat on a mat",
-)
 
 
 # ---- build_model
@@ -371,52 +361,3 @@ def _check_weights(subject: Subject, weights: Any, noise: NoiseLevels) -> None:
             f"weight_loss gives {weights[first]:.4g} at SNR {noise.snr[first]:.4g}",
             "a weight is above 0 everywhere; bound it from below",
         )
-
-
-# ---- encode_prompt
-
-
-def check_encode_prompt(subject: Subject) -> None:
-    """What prompts become: an embedding of the encoders' widths in float32, and one that depends
-    on the prompt alone."""
-    hooks, encoders, prompts = subject.hooks(), tiny_encoders(), list(PROMPTS)
-    first = hooks.encode_prompt(prompts, encoders)
-    for name in ("context", "pooled"):
-        array = getattr(first, name)
-        if array.dtype != np.float32:
-            raise subject.fault(
-                f"encode_prompt gives a {name} of {array.dtype}",
-                f"return {name}.astype(np.float32), as the encoders do",
-            )
-    attended = first.attended()
-    again = hooks.encode_prompt(prompts, encoders)
-    if not _same(first, again):
-        raise subject.fault(
-            "encode_prompt gives the same prompts another embedding the second time",
-            "make it a pure function of the prompts, for images are drawn with it as well",
-        )
-    for row, prompt in enumerate(prompts):
-        alone = hooks.encode_prompt([prompt], encoders)
-        for told, mine, beside in (
-            ("context", alone.context[0][alone.attended()[0]], first.context[row][attended[row]]),
-            ("pooled", alone.pooled[0], first.pooled[row]),
-        ):
-            if mine.shape != beside.shape or not np.allclose(mine, beside, rtol=1e-5, atol=1e-6):
-                raise subject.fault(
-                    f"encode_prompt gives the prompt {_short(prompt)!r} another {told} alone than "
-                    "beside others",
-                    "let each prompt's embedding depend on that prompt only; what pads it to the "
-                    "length of the others is masked",
-                )
-
-
-def _same(one: PromptEmbedding, other: PromptEmbedding) -> bool:
-    return (
-        np.array_equal(one.context, other.context)
-        and np.array_equal(one.pooled, other.pooled)
-        and np.array_equal(one.attended(), other.attended())
-    )
-
-
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 40 else f"{prompt[:37]}..."

@@ -10,7 +10,7 @@ import pytest
 from sdxl_host.errors import HostError
 from sdxl_host.plugins.discovery import normalize
 from sdxl_host.plugins.inspection import check_options
-from sdxl_host.testing import checks, run_checks
+from sdxl_host.testing import checks, prompt_checks, run_checks
 from sdxl_host.testing.run_checks import FIRST_PARTY, Runs
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class PluginContract:
 
     def test_encode_prompt(self, contract_runs: Runs) -> None:
         """An embedding has the encoders' widths and depends on its prompt alone."""
-        _keep(lambda: checks.check_encode_prompt(contract_runs.subject))
+        _keep(lambda: prompt_checks.check_encode_prompt(contract_runs.subject))
 
     # ---- in runs
 

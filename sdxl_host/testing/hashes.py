@@ -14,8 +14,9 @@ import numpy as np
 from sdxl_host.diffusion.objective import NoiseLevels
 from sdxl_host.errors import HostError, PluginError
 from sdxl_host.processes import run_child, tell
-from sdxl_host.testing.checks import PROMPTS, levels_of
+from sdxl_host.testing.checks import levels_of
 from sdxl_host.testing.parts import tiny_encoders
+from sdxl_host.testing.prompt_checks import PROMPTS
 from sdxl_host.testing.subject import Subject
 
 __all__ = ["answer", "check_hashes", "digests"]
