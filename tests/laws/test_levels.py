@@ -28,7 +28,6 @@ from sdxl_host.training import build, summary
 from sdxl_host.training import step as step_module
 from sdxl_host.training.build import make_trainer
 from sdxl_host.training.observers import Grids
-from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -199,7 +198,7 @@ def test_the_start_says_the_precision(
     told = {"O0": "float32", "O2": "float16 but for norms and SiLU, weights in float32"}
     assert f"precision   {level}, {told[level]}" in said
     monkeypatch.setattr(summary, "on_ascend", lambda: True)
-    lines = summary.start_lines(made, AdamW(), None, [], None)
+    lines = summary.compute_lines(made.state.networks.cell, made.config.train)
     attention = next(line for line in lines if line.startswith("attention"))
     assert ("needs float16 or bfloat16" in attention) == (level == "O0")
 
