@@ -46,12 +46,18 @@ class Fake:
         return (yield)
 
     def notes(self, distribution):
-        return [f"asked {self.calls['sample_timesteps']} times before"]
+        return [f"asked {self.calls['sample_timesteps']}, weighed {self.calls['weight_loss']}"]
 
     @hookimpl
     def on_step_end(self, trainer):
         for hook, count in self.calls.items():
             trainer.log(hook, count)
+
+    def state_dict(self):
+        return {"weighed": self.calls["weight_loss"]}
+
+    def load_state_dict(self, state):
+        self.calls["weight_loss"] = state["weighed"]
 """
 
 
@@ -64,7 +70,11 @@ def test_build_model_is_called_once_a_run(site: Any, tmp_path: Path) -> None:
     assert '"build_model": 1' in last
     assert '"sample_timesteps": 2' in last
     assert '"weight_loss": 2' in last
-    assert any("asked 2 times before" in line for line in run.lines)
+    assert "note        counting: asked 2, weighed 1" in run.lines
+    # The copy of a resumed run goes on from the checkpoint's state.
+    resumed = tiny_run(["counting"], folder=tmp_path / "more", steps=3, resume=run.checkpoint)
+    assert "note        counting: asked 2, weighed 3" in resumed.lines
+    assert sys.modules[module].CALLS["build_model"] == 2
 
 
 def test_build_model_is_called_once_a_plan(site: Any, device: str, here: Path) -> None:
