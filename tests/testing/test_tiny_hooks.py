@@ -84,10 +84,11 @@ def test_a_plugin_is_named_as_it_is_installed_or_after_its_class():
     from sdxl_snr import MinSNR
     from sdxl_snr import Options as SNROptions
 
-    hooks = tiny_hooks(MinSNR(SNROptions()), TimesTwo(), TimesTwo(Options(factor=3.0)))
-    assert hooks.chain("weight_loss") == "snr -> times_two -> times_two_2"
+    three = [TimesTwo(), TimesTwo(Options(factor=3.0)), TimesTwo(Options(factor=1.0))]
+    hooks = tiny_hooks(MinSNR(SNROptions()), *three)
+    assert hooks.chain("weight_loss") == "snr -> times_two -> times_two_2 -> times_two_3"
     assert hooks.describe()[0] == "snr (sdxl-snr 0.1.0): claims weight_loss"
-    assert hooks.notes()[1:] == ["times_two: factor 2", "times_two_2: factor 3"]
+    assert hooks.notes()[1:3] == ["times_two: factor 2", "times_two_2: factor 3"]
     np.testing.assert_array_equal(hooks.weight_loss(NOISE), 6 * np.minimum(NOISE.snr, 5))
 
 
