@@ -5,20 +5,37 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from sdxl_host.errors import HostError
+from sdxl_host.errors import ConfigError, HostError, did_you_mean
 from sdxl_host.version import __version__
 
 __all__ = ["main"]
 
+# Each command's function, as "module:function", and its line in the help.
 _COMMANDS = {
-    "train": "train a model; with no arguments, a small one on the images the package carries",
-    "plan": "show what a training would be, without training: settings, curves, captions, memory",
-    "sample": "draw images from a checkpoint",
-    "convert": "write weights in another format or precision",
-    "plugins": "list the installed plugins",
-    "new-plugin": "write the package of a new plugin, ready to install and test",
-    "doctor": "look at this machine and installation, and say what to mend",
+    "train": (
+        "sdxl_host.commands.train:train",
+        "train a model; with no arguments, a small one on the images the package carries",
+    ),
+    "plan": (
+        "sdxl_host.commands.plan:plan",
+        "show what a training would be, without training: settings, curves, captions, memory",
+    ),
+    "sample": ("sdxl_host.commands.sample:sample", "draw images from a checkpoint"),
+    "convert": (
+        "sdxl_host.commands.convert:convert",
+        "write weights in another format or precision",
+    ),
+    "plugins": ("sdxl_host.commands.plugins:plugins", "list the installed plugins"),
+    "new-plugin": (
+        "sdxl_host.commands.new_plugin:new_plugin",
+        "write the package of a new plugin, ready to install and test",
+    ),
+    "doctor": (
+        "sdxl_host.commands.doctor:doctor",
+        "look at this machine and installation, and say what to mend",
+    ),
 }
 
 
@@ -28,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except HostError as error:
-        # One line, whatever the lines of a plugin's or a library's own message that it quotes.
-        told = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        print(f"sdxl-host: error: {told}", file=sys.stderr)
+        # One line, also where a plugin's or a library's message of several lines is quoted.
+        message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        print(f"sdxl-host: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sdxl-host: interrupted", file=sys.stderr)
@@ -48,41 +65,14 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
-    command, rest = words[0], words[1:]
-    if command == "train":
-        from sdxl_host.commands.train import train
-
-        return train(rest)
-    if command == "plan":
-        from sdxl_host.commands.plan import plan
-
-        return plan(rest)
-    if command == "sample":
-        from sdxl_host.commands.sample import sample
-
-        return sample(rest)
-    if command == "convert":
-        from sdxl_host.commands.convert import convert
-
-        return convert(rest)
-    if command == "plugins":
-        from sdxl_host.commands.plugins import plugins
-
-        return plugins(rest)
-    if command == "new-plugin":
-        from sdxl_host.commands.new_plugin import new_plugin
-
-        return new_plugin(rest)
-    if command == "doctor":
-        from sdxl_host.commands.doctor import doctor
-
-        return doctor(rest)
-    from sdxl_host.errors import ConfigError, did_you_mean
-
-    raise ConfigError(
-        f"{command}: there is no such command{did_you_mean(command, _COMMANDS)} "
-        f"(commands: {', '.join(_COMMANDS)})"
-    )
+    name, rest = words[0], words[1:]
+    if name not in _COMMANDS:
+        raise ConfigError(
+            f"{name}: there is no such command{did_you_mean(name, _COMMANDS)} "
+            f"(commands: {', '.join(_COMMANDS)})"
+        )
+    module, _, function = _COMMANDS[name][0].partition(":")
+    return getattr(import_module(module), function)(rest)
 
 
 def _help() -> str:
@@ -92,8 +82,8 @@ def _help() -> str:
         "Fine-tune Stable Diffusion XL with MindSpore; what is learned is a matter of plugins.",
         "",
         "commands:",
-        *(f"  {name:<11} {text}" for name, text in _COMMANDS.items()),
+        *(f"  {name:<11} {text}" for name, (_, text) in _COMMANDS.items()),
         "",
-        "sdxl-host COMMAND --help tells more; sdxl-host --version gives the version.",
+        "sdxl-host COMMAND --help shows its flags; sdxl-host --version gives the version.",
     ]
     return "\n".join(lines)

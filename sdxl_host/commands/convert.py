@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from sdxl_host.commands.parser import Parser
+from sdxl_host.commands.flags import Command
+from sdxl_host.commands.printer import show
 from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.settings.options import option
 
 if TYPE_CHECKING:
     from sdxl_host.weights.architecture import Architecture
@@ -23,35 +25,50 @@ _SINGLE_FILE = ".safetensors"
 _NEVER_WRITTEN = (".ckpt", ".bin", ".pt", ".pth")
 
 
+@dataclass
+class Flags:
+    """The flags of `sdxl-host convert`."""
+
+    dtype: Literal["fp16", "bf16", "fp32"] | None = option(
+        None, help="precision of the weights [each as it is in SRC]"
+    )
+    head_width: int | None = option(
+        None, help="of an attention head, where SRC does not state it [64]", minimum=1
+    )
+    last_weights: bool = option(
+        False,
+        help="of a checkpoint that keeps an EMA, the weights of its last step instead",
+    )
+    allow_unmarked_objective: bool = option(
+        False,
+        help="write a single file even where other programs can't tell what the network predicts",
+    )
+
+
+_COMMAND = Command(
+    "convert",
+    "Writes weights in another format or precision.",
+    Flags,
+    arguments={
+        "SRC": "a .safetensors file, a diffusers folder, a MindSpore .ckpt or a checkpoint folder; "
+        "of several, A,B, the later replaces",
+        "DST": "NAME.safetensors: a single file; else diffusers folder",
+    },
+)
+
+
 def convert(arguments: Sequence[str]) -> int:
     """Converts as the arguments say; returns the exit code."""
-    parser = Parser(
-        prog="sdxl-host convert", description="Write weights in another format or precision."
-    )
-    parser.add_argument("source", metavar="SRC",
-                        help="a .safetensors file, a diffusers folder, a MindSpore .ckpt or a "
-                             "checkpoint folder; of several, A,B, the later replaces")  # fmt: skip
-    parser.add_argument("target", type=Path, metavar="DST",
-                        help="NAME.safetensors: a single file; else diffusers folder")  # fmt: skip
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"),
-                        help="precision of the weights [each as it is in SRC]")  # fmt: skip
-    parser.add_argument("--head_width", type=int, metavar="N",
-                        help="of an attention head, where SRC does not say it [64]")  # fmt: skip
-    parser.add_argument("--last-weights", action="store_true",
-                        help="of a checkpoint that keeps an EMA, the weights of its last "
-                             "step instead")  # fmt: skip
-    parser.add_argument("--allow-unmarked-objective", action="store_true",
-                        help="write a single file even where other programs can't tell what the "
-                             "network predicts")  # fmt: skip
-    options = parser.parse_args(list(arguments))
-    if options.head_width is not None and options.head_width < 1:
-        raise ConfigError(f"--head_width {options.head_width}: must be at least 1")
-    paths = [Path(word).expanduser() for word in options.source.split(",") if word]
+    return _COMMAND.run(arguments, _convert)
+
+
+def _convert(flags: Flags, source: str, target: str) -> int:
+    paths = [Path(word).expanduser() for word in source.split(",") if word]
     if not paths:
-        raise ConfigError("SRC: is empty; sdxl-host convert --help tells how to call it")
-    target: Path = options.target.expanduser()
-    _check_name(target)
-    _run(paths, target, options)
+        raise ConfigError("SRC: is empty; give a file or folder of weights")
+    file_or_folder = Path(target).expanduser()
+    _check_name(file_or_folder)
+    _run(paths, file_or_folder, flags)
     return 0
 
 
@@ -72,9 +89,8 @@ def _check_name(target: Path) -> None:
         )
 
 
-def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> None:
-    dtype, head_width = options.dtype, options.head_width
-    unmarked = options.allow_unmarked_objective
+def _run(paths: Sequence[Path], target: Path, flags: Flags) -> None:
+    dtype, head_width, unmarked = flags.dtype, flags.head_width, flags.allow_unmarked_objective
     from sdxl_host.device import prepare_device
 
     prepare_device("CPU")
@@ -91,27 +107,27 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
     from sdxl_host.weights.open import open_all
     from sdxl_host.weights.shapes import complete
 
-    if options.last_weights and not any((path / EMA_FILE).is_file() for path in paths):
+    if flags.last_weights and not any((path / EMA_FILE).is_file() for path in paths):
         raise ConfigError(
-            "--last-weights: SRC keeps no EMA, so its weights are those of the last "
+            "--last_weights: SRC keeps no EMA, so its weights are those of the last "
             "step; leave the flag out"
         )
-    source = open_all(paths, use_ema=not options.last_weights)
-    print(f"source      {source.description}")
-    for note in source.notes:
-        print(f"note        {note}")
+    source = open_all(paths, use_ema=not flags.last_weights)
+    show(("source", source.description), *(("note", note) for note in source.notes))
     stated = source.architecture
     architecture = complete(stated, source.shapes, head_width=head_width or 64)
     if head_width is not None and stated is not None and _same_heads(stated, architecture):
         raise ConfigError(
-            f"--head_width {head_width}: {source.description} says itself how wide its heads are; "
+            f"--head_width {head_width}: {source.description} states how wide its heads are; "
             "leave the flag out"
         )
     predicted = objective(source.metadata)
     numbers = sum(math.prod(shape) for shape in source.shapes.values())
     stored = ", ".join(sorted(set(source.dtypes.values())))
-    print(f"weights     {len(source.shapes):,} tensors, {numbers:,} numbers ({stored})")
-    print(f"objective   {predicted}", flush=True)
+    show(
+        ("weights", f"{len(source.shapes):,} tensors, {numbers:,} numbers ({stored})"),
+        ("objective", predicted),
+    )
     is_single = target.suffix == _SINGLE_FILE
     scale = scale_factor(source.metadata)
     scheduler = scheduler_config(source.metadata)
@@ -141,7 +157,7 @@ def _run(paths: Sequence[Path], target: Path, options: argparse.Namespace) -> No
             progress=progress,
         )
     size = sum(p.stat().st_size for p in [target, *target.rglob("*")] if p.is_file())
-    print(f"written     {target} ({size / 1e9:.2f} GB{f', {dtype}' if dtype else ''})")
+    show(("written", f"{target} ({size / 1e9:.2f} GB{f', {dtype}' if dtype else ''})"))
 
 
 def _same_heads(one: Architecture, other: Architecture) -> bool:
@@ -152,12 +168,12 @@ def _same_heads(one: Architecture, other: Architecture) -> bool:
 def _refuse_unmarked(target: Path, trained_for: str, is_single: bool, allowed: bool) -> None:
     """Raises DataError: other programs would take the network for an ordinary SDXL."""
     if is_single and allowed:
-        print(f"note        no other program can tell that it was trained for {trained_for}")
+        show(("note", f"no other program can tell that it was trained for {trained_for}"))
         return
     remedy = (
-        "--allow-unmarked-objective writes it for sdxl-host alone"
+        "--allow_unmarked_objective writes it for sdxl-host alone"
         if is_single
-        else "write a single file with --allow-unmarked-objective, for sdxl-host alone"
+        else "write a single file with --allow_unmarked_objective, for sdxl-host alone"
     )
     raise DataError(
         f"{target}: the network was trained for {trained_for}, which the format can't say, so "
@@ -180,13 +196,13 @@ def _progress() -> Callable[[int, int], None]:
 
         return draw
 
-    said = 0
+    shown = 0
 
-    def tell(done: int, total: int) -> None:
-        nonlocal said
+    def print_tenths(done: int, total: int) -> None:
+        nonlocal shown
         tenths = 10 * done // total
-        if tenths > said:
-            said = tenths
-            print(f"progress    {10 * tenths:3d}% ({done / 1e9:.2f} GB)", flush=True)
+        if tenths > shown:
+            shown = tenths
+            show(("progress", f"{10 * tenths:3d}% ({done / 1e9:.2f} GB)"))
 
-    return tell
+    return print_tenths

@@ -4,50 +4,53 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sdxl_host.commands.parser import Parser
+from sdxl_host.commands.flags import Command
+from sdxl_host.commands.printer import show
 from sdxl_host.doctor.examine import Finding, examine
+from sdxl_host.settings.options import option
 
 __all__ = ["doctor"]
 
-_WIDTH = 12
+
+@dataclass
+class Flags:
+    """The flags of `sdxl-host doctor`."""
+
+    save_path: Path = option(Path("runs"), help="folder that runs would be written to")
+    json: bool = option(False, help="print JSON")
+
+
+_COMMAND = Command(
+    "doctor", "Looks at this machine and installation, and says what to mend.", Flags
+)
 
 
 def doctor(arguments: Sequence[str]) -> int:
     """Shows what is found; returns 0, or 2 when something is at fault."""
-    parser = Parser(
-        prog="sdxl-host doctor",
-        description="Look at this machine and installation, and say what to mend.",
-    )
-    parser.add_argument("--save_path", type=Path, default=Path("runs"), metavar="DIR",
-                        help="folder that runs would be written to [%(default)s]")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(list(arguments))
-    save_path = options.save_path.expanduser()
-    if options.json:
-        found = list(examine(save_path, announce=lambda text: None))
+    return _COMMAND.run(arguments, _doctor)
+
+
+def _doctor(flags: Flags) -> int:
+    if flags.json:
+        found = list(examine(flags.save_path, announce=lambda text: None))
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         found = []
-        for finding in examine(save_path, announce=lambda text: _say("looking", text)):
+        for finding in examine(flags.save_path, announce=lambda text: show(("looking", text))):
             found.append(finding)
             _show(finding)
-        _say("doctor", _summary(found))
+        show(("doctor", _summary(found)))
     return 2 if any(finding.state == "fault" for finding in found) else 0
-
-
-def _say(word: str, text: str) -> None:
-    # Flushed, because some of what follows takes seconds.
-    print(f"{word:<{_WIDTH}}{text}", flush=True)
 
 
 def _show(finding: Finding) -> None:
     state = "" if finding.state == "ok" else f"{finding.state}: "
-    _say(finding.name, state + finding.seen)
+    show((finding.name, state + finding.seen))
     if finding.remedy:
-        _say("", f"  {finding.remedy}")
+        show(("", f"  {finding.remedy}"))
 
 
 def _summary(found: Sequence[Finding]) -> str:

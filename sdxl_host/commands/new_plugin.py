@@ -15,13 +15,15 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from sdxl_host.commands.parser import Parser
+from sdxl_host.commands.flags import Command
+from sdxl_host.commands.printer import show
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.files.atomic import new_folder, write_new
 from sdxl_host.hookspecs import HOOKS
@@ -32,6 +34,7 @@ from sdxl_host.plugins.discovery import (
     normalize,
     package_names,
 )
+from sdxl_host.settings.options import option
 from sdxl_host.version import __version__
 
 __all__ = ["new_plugin"]
@@ -54,29 +57,36 @@ _MARK = re.compile(r" *(?:# \[(?P<code>[a-z_ ]+)\]|<!-- \[(?P<markdown>[a-z_ ]+)
 _WIDTH = 100
 
 
+@dataclass
+class Flags:
+    """The flags of `sdxl-host new-plugin`."""
+
+    hooks: str = option("weight_loss", help="hooks that it implements, with commas between")
+    out: Path = option(Path(), help="folder in which the folder NAME is made")
+
+
+_COMMAND = Command(
+    "new-plugin",
+    "Writes the package of a new plugin, with an example for each hook, its tests and a README.",
+    Flags,
+    arguments={"NAME": "as in --plugins NAME; letters, digits and underscores"},
+    notes=f"hooks: {', '.join(HOOKS)}",
+)
+
+
 def new_plugin(arguments: Sequence[str]) -> int:
     """Writes the package that the arguments ask for; returns the exit code."""
-    parser = Parser(
-        prog="sdxl-host new-plugin",
-        description="Write the package of a new plugin, with an example for each hook, its tests "
-        "and a README.",
-        epilog=f"hooks: {', '.join(HOOKS)}",
-    )
-    parser.add_argument("name", metavar="NAME",
-                        help="as in --plugins NAME; letters, digits and underscores")  # fmt: skip
-    parser.add_argument("--hooks", default="weight_loss", metavar="A,B",
-                        help="what it changes, see below [weight_loss]")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER",
-                        help="where the folder NAME is made [here]")  # fmt: skip
-    options = parser.parse_args(list(arguments))
-    hooks = _hooks(options.hooks)
-    name = normalize(options.name)
+    return _COMMAND.run(arguments, _new_plugin)
+
+
+def _new_plugin(flags: Flags, name: str) -> int:
+    hooks = _hooks(flags.hooks)
+    name = normalize(name)
     _check(name, _misnamed(name))
-    target = _target(options.out.expanduser(), name)
+    target = _target(flags.out, name)
     _check(name, _taken(name))
     files = _render(name, hooks)
     _write(target, files)
-    print(f"written     {target}: {', '.join(files)}")
     steps = (
         f"cd {shlex.quote(str(target))}",
         "pip install -e '.[test]'",
@@ -84,8 +94,8 @@ def new_plugin(arguments: Sequence[str]) -> int:
         "sdxl-host plugins --check",
         f"sdxl-host train --config tiny.yaml --plugins {name}",
     )
-    for index, step in enumerate(steps):
-        print(f"{'' if index else 'next':<11} {step}")
+    show(("written", f"{target}: {', '.join(files)}"), ("next", steps[0]))
+    show(*(("", step) for step in steps[1:]))
     return 0
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.commands.flags import Command
+from sdxl_host.commands.printer import columns, details, show, tenth_lines
+from sdxl_host.errors import DataError
+from sdxl_host.settings.options import option
 
 if TYPE_CHECKING:
     from sdxl_host.config.load import RunConfig
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from sdxl_host.planning.curves import Curve
     from sdxl_host.planning.memory import Part
     from sdxl_host.plugins.hooks import Hooks
+    from sdxl_host.training.summary import Fact
     from sdxl_host.weights.source import Source
 
 __all__ = ["plan"]
@@ -22,26 +27,38 @@ __all__ = ["plan"]
 _OUT = "plan"
 _FILES = CONFIG_FILE, CURVES_FILE, IMAGE_FILE = "config.yaml", "curves.csv", "curves.png"
 _NAMED = 5  # captions that are cut off, by name
-_HELP = f"""\
-usage: sdxl-host plan [arguments of sdxl-host train] [--out DIR]
 
-Shows what sdxl-host train would do with the same arguments, without training and without a weight
-in memory: the resolved config and where each value came from, what plugins change, which timesteps
-are drawn and what they weigh, captions that are too long, parameters, and an estimate of memory.
 
-  --out DIR   folder for {CONFIG_FILE}, {CURVES_FILE} and {IMAGE_FILE}; one that holds any of
-              them is refused [{_OUT}, or the first of {_OUT}-2, {_OUT}-3, ... that is not there]
+@dataclass
+class Flags:
+    """The flags of `sdxl-host plan`."""
 
-sdxl-host train --help lists the other arguments."""
+    out: Path | None = option(
+        None,
+        help=f"folder for {CONFIG_FILE}, {CURVES_FILE} and {IMAGE_FILE}; one that holds any of "
+        f"them is refused [{_OUT}, or the first of {_OUT}-2, {_OUT}-3, ... that is not there]",
+    )
+
+
+_COMMAND = Command(
+    "plan",
+    "Shows what sdxl-host train would do with the same arguments, without training and without a "
+    "weight in memory: the resolved config and where each value came from, what plugins change, "
+    "which timesteps are drawn and what they weigh, captions that are too long, parameters, and an "
+    "estimate of memory.",
+    Flags,
+    rest="arguments of sdxl-host train",
+    notes="sdxl-host train --help lists the other arguments.",
+)
 
 
 def plan(arguments: Sequence[str]) -> int:
     """Shows what training with these arguments would be; returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(_HELP)
-        return 0
-    words, given = _take_out(arguments)
-    folder = _folder(given)
+    return _COMMAND.run(arguments, _plan)
+
+
+def _plan(flags: Flags, words: list[str]) -> int:
+    folder = _folder(flags.out)
 
     from sdxl_host.config.load import load
     from sdxl_host.config.provenance import commented_yaml
@@ -52,40 +69,20 @@ def plan(arguments: Sequence[str]) -> int:
     from sdxl_host.device import prepare_device
 
     device = prepare_device(config.train.device_target)
-    lines, before, after = _look(config, device)
-    print(text)
-    for line in lines:
-        print(line)
+    facts, before, after = _look(config, device)
+    show(text, *facts)
     _write(folder, text, before, after, config)
-    print(f"written     {', '.join(str(folder / name) for name in _FILES)}")
+    show(("written", ", ".join(str(folder / name) for name in _FILES)))
     return 0
 
 
-def _take_out(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments without --out, and its value."""
-    words: list[str] = []
-    given: str | None = None
-    rest = iter(arguments)
-    for word in rest:
-        if word != "--out" and not word.startswith("--out="):
-            words.append(word)
-            continue
-        if given is not None:
-            raise ConfigError("--out: given twice; give it once")
-        given = word.partition("=")[2] if "=" in word else next(rest, "")
-        if not given or given.startswith("--"):
-            raise ConfigError("--out: needs a value (a folder)")
-    return words, given
-
-
-def _folder(given: str | None) -> Path:
+def _folder(folder: Path | None) -> Path:
     """The folder to write to; nothing in it is overwritten."""
-    if given is None:
+    if folder is None:
         folder, number = Path(_OUT), 2
         while folder.exists():
             folder, number = Path(f"{_OUT}-{number}"), number + 1
         return folder
-    folder = Path(given).expanduser()
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out {folder}: is not a folder; give one, or a new name")
     for name in _FILES:
@@ -123,14 +120,14 @@ def _csv(before: Curve, after: Curve) -> str:
 # ---- what is found
 
 
-def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
-    """The lines below the config, and the curves without plugins and with them."""
-    from sdxl_host.planning.curves import curves, start_lines, table_lines
+def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
+    """What is shown below the config, and the curves without plugins and with them."""
+    from sdxl_host.planning.curves import curves, quarters, tenths
     from sdxl_host.planning.memory import model_parts
     from sdxl_host.plugins.hooks import make_hooks
     from sdxl_host.training.resume import find_checkpoint
-    from sdxl_host.training.summary import samples_of
-    from sdxl_host.weights.networks import check_fit, weight_lines
+    from sdxl_host.training.summary import compute_rows, plugin_rows, samples_of
+    from sdxl_host.weights.networks import check_fit, weight_rows
     from sdxl_host.weights.open import open_weight_setting
 
     dataset, optimizer_notes = _other_sections(config)
@@ -147,21 +144,26 @@ def _look(config: RunConfig, device: str) -> tuple[list[str], Curve, Curve]:
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
     parts = model_parts(model)
-    lines = _objective_lines(config, hooks, model, device)
+    facts: list[Fact] = [
+        *plugin_rows(config, hooks),
+        ("objective", model.preconditioning.name),
+        *compute_rows(model.network, config.train),
+        ("device", device),
+    ]
     if source is not None:
         _check_fit(parts, source)
-        lines += weight_lines(source, model)
+        facts += weight_rows(source, model)
     if checkpoint is not None:
-        lines.append(f"resumes     {checkpoint.folder} at step {checkpoint.step}")
+        facts.append(("resumes", f"{checkpoint.folder} at step {checkpoint.step}"))
     notes = [*config.notices, *hooks.notes(model), *optimizer_notes]
-    lines += [f"note        {line}" for line in notes]
-    lines += ["", *start_lines(before, after), "", *table_lines(before, after), ""]
-    lines += [*_caption_lines(hooks, model, dataset), "", *_memory_lines(parts), ""]
-    return lines, before, after
+    facts += [("note", note) for note in notes]
+    facts += ["", quarters(before, after), "", *tenth_lines(tenths(before, after)), ""]
+    facts += [*_caption_facts(hooks, model, dataset), "", *_memory_facts(parts), ""]
+    return facts, before, after
 
 
 def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
-    """The dataset, and what the optimizer has to say; what is wrong with either is told."""
+    """The dataset, and the optimizer's notes. Raises HostError for what is wrong with either."""
     from omegaconf import OmegaConf
 
     from sdxl_host.settings.targets import build
@@ -173,20 +175,6 @@ def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
     return dataset, optimizer.notes()
 
 
-def _objective_lines(
-    config: RunConfig, hooks: Hooks, model: DiffusionModel, device: str
-) -> list[str]:
-    from sdxl_host.training.summary import compute_lines
-
-    return [
-        f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
-        *(f"            {line}" for line in hooks.describe()),
-        f"objective   {model.preconditioning.name}",
-        *compute_lines(model.network, config.train),
-        f"device      {device}",
-    ]
-
-
 def _check_fit(parts: Sequence[Part], source: Source) -> None:
     """Raises DataError where the weights' names and shapes are not the model's."""
     from sdxl_host.weights.compare import compare_shapes
@@ -196,37 +184,45 @@ def _check_fit(parts: Sequence[Part], source: Source) -> None:
     compare_shapes(expected, found, source.description)
 
 
-def _caption_lines(hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[str]:
+def _caption_facts(hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[Fact]:
     from sdxl_host.planning.captions import caption_lengths
 
     lengths = caption_lengths(hooks, model.encoders, dataset.images)
     longest = max(lengths, key=lambda length: length.tokens)
     cut = sorted((each for each in lengths if each.lost), key=lambda each: -each.lost)
     whose = " of the images that the package carries" if dataset.is_demo else ""
-    lines = [
-        f"captions    {len(cut) or 'none'} of {len(lengths)}{whose} cut off; "
-        f"encoded by {hooks.chain('encode_prompt')}",
-        f"  longest   {longest.tokens} tokens ({longest.name})",
-    ]
+    encoder = hooks.chain("encode_prompt")
+    rows = [("longest", f"{longest.tokens} tokens ({longest.name})")]
     for each in cut[:_NAMED]:
-        lines.append(f"  cut off   {each.name}: {each.lost} of {each.tokens} tokens lost")
+        rows.append(("cut off", f"{each.name}: {each.lost} of {each.tokens} tokens lost"))
     if len(cut) > _NAMED:
-        lines.append(f"            and {len(cut) - _NAMED} more that lose less or as much")
-    return lines
+        rows.append(("", f"and {len(cut) - _NAMED} more that lose less or as much"))
+    return [
+        (
+            "captions",
+            f"{len(cut) or 'none'} of {len(lengths)}{whose} cut off; encoded by {encoder}",
+        ),
+        *details(rows),
+    ]
 
 
-def _memory_lines(parts: Sequence[Part]) -> list[str]:
+def _memory_facts(parts: Sequence[Part]) -> list[Fact]:
     from sdxl_host.planning.memory import memory
 
-    rows = memory(parts)
-    lines = ["parameters"]
-    for part in parts:
-        state = "frozen" if not part.trained else f"{part.trained:,} trained"
-        lines.append(f"  {part.name:<16}{part.count:>13,}  {state}")
-    lines.append("memory      of one device, estimated; activations come on top and are not")
-    lines += [f"  {what:<10}{_gib(size)}  {formula}" for what, formula, size in rows]
-    return [*lines, f"  {'together':<10}{_gib(sum(size for _, _, size in rows))}"]
+    counts = [
+        (part.name, f"{part.count:,}", f"{part.trained:,} trained" if part.trained else "frozen")
+        for part in parts
+    ]
+    kinds = memory(parts)
+    sizes = [(what, _gib(size), formula) for what, formula, size in kinds]
+    together = ("together", _gib(sum(size for _, _, size in kinds)), "")
+    return [
+        "parameters",
+        *columns(counts, "<>", indent=2),
+        ("memory", "of one device, estimated; activations come on top and are not"),
+        *columns([*sizes, together], "<>", indent=2),
+    ]
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:8.2f} GiB"
+    return f"{size / 2**30:.2f} GiB"

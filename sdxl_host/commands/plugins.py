@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sdxl_host.commands.parser import Parser
+from sdxl_host.commands.flags import Command
+from sdxl_host.commands.printer import columns, show
 from sdxl_host.errors import PluginError
 from sdxl_host.plugins.discovery import Installed, discover, fitting
+from sdxl_host.settings.options import option
 
 __all__ = ["plugins"]
 
 
+@dataclass
+class Flags:
+    """The flags of `sdxl-host plugins`."""
+
+    check: bool = option(False, help="import each in its own process; show hooks and options")
+    json: bool = option(False, help="print JSON")
+
+
+_COMMAND = Command("plugins", "Lists the installed plugins.", Flags)
+
+
 def plugins(arguments: Sequence[str]) -> int:
     """Lists plugins as the arguments say; returns 0, or 2 when --check found one at fault."""
-    parser = Parser(prog="sdxl-host plugins", description="List the installed plugins.")
-    parser.add_argument("--check", action="store_true",
-                        help="import each in its own process; show hooks and options")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(list(arguments))
+    return _COMMAND.run(arguments, _plugins)
+
+
+def _plugins(flags: Flags) -> int:
     installed = discover()
     rows = [_row(plugin, installed) for plugin in installed]
-    if options.check:
+    if flags.check:
         for plugin, row in zip(installed, rows, strict=True):
             if row["state"] == "ok":
                 row.update(_check(plugin, installed))
-    print(json.dumps(rows, indent=2) if options.json else _text(rows))
-    return 2 if options.check and any(row["state"] != "ok" for row in rows) else 0
+    if flags.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show(*_lines(rows))
+    return 2 if flags.check and any(row["state"] != "ok" for row in rows) else 0
 
 
 def _row(plugin: Installed, installed: Sequence[Installed]) -> dict[str, Any]:
@@ -40,7 +56,7 @@ def _row(plugin: Installed, installed: Sequence[Installed]) -> dict[str, Any]:
 
 
 def _check(plugin: Installed, installed: Sequence[Installed]) -> dict[str, Any]:
-    """What its package and an import in a process of its own show; its fault where it has one."""
+    """What the package and an import in a separate process show; the fault where there is one."""
     from sdxl_host.plugins.inspection import check_metadata, inspect_alone
 
     try:
@@ -55,21 +71,19 @@ def _check(plugin: Installed, installed: Sequence[Installed]) -> dict[str, Any]:
     }
 
 
-def _text(rows: Sequence[dict[str, Any]]) -> str:
+def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table, and below each plugin that was imported what it does and its options."""
     if not rows:
-        return "no plugins are installed; pip install 'sdxl-host[all]' gives the first four"
+        return ["no plugins are installed; pip install 'sdxl-host[all]' gives the first four"]
     titles = ("name", "distribution", "version", "state")
-    widths = [max(len(t), *(len(row[t]) for row in rows)) for t in titles[:-1]]
-    lines = ["  ".join([*(t.ljust(w) for t, w in zip(titles, widths, strict=False)), titles[-1]])]
-    for row in rows:
-        cells = [row[t].ljust(w) for t, w in zip(titles, widths, strict=False)]
-        lines.append("  ".join([*cells, row["state"]]))
+    head, *table = columns([titles, *([row[title] for title in titles] for row in rows)], "<<<")
+    lines = [head]
+    for line, row in zip(table, rows, strict=True):
+        lines.append(line)
         if "hooks" in row:
             does = ", ".join(f"{role} {hook}" for hook, role in row["hooks"].items())
             lines.append(f"    {does}; imported in {row['import_milliseconds']} ms")
-            for option in row["options"]:
-                lines.append(
-                    f"    --{row['name']}_{option['name']} {option['type']}: {option['help']} "
-                    f"[{option.get('default')}]"
-                )
-    return "\n".join(lines)
+            for one in row["options"]:
+                flag = f"--{row['name']}_{one['name']} {one['type']}"
+                lines.append(f"    {flag}: {one['help']} [{one.get('default')}]")
+    return lines

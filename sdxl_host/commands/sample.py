@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_host.commands.parser import Parser
+from sdxl_host.commands.flags import Command
+from sdxl_host.commands.printer import show
 from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.settings.options import option
 
 if TYPE_CHECKING:
     from sdxl_host.sampling.pipeline import ImageSampler
@@ -16,134 +18,142 @@ if TYPE_CHECKING:
 __all__ = ["sample"]
 
 _CONFIG = "configs/inference/sd_xl_base.yaml"
-_EPILOG = """\
-With --checkpoint the model and its plugins are those it was trained with. With --weight the model
-is that of --config, and whatever else `sdxl-host train` understands may follow: --plugins edm,
---edm_sigma_data 0.5, model.params... = value, --ms_mode 1.
-"""
+
+
+@dataclass
+class Flags:
+    """The flags of `sdxl-host sample`. None is what the help has in brackets."""
+
+    checkpoint: Path | None = option(None, help="a folder below checkpoints/ of a run")
+    weight: str | None = option(None, help="a file or folder of weights, as for training")
+    config: str | None = option(None, help=f"the model of --weight [{_CONFIG}]")
+    use_ema: bool | None = option(None, help="draw from a checkpoint's EMA [where it keeps one]")
+    prompt: list[str] = option([], help="what to draw; given once for each image")
+    negative_prompt: str | None = option(
+        None, help="what guidance leads away from [zero embedding]"
+    )
+    steps: int = option(25, help="sampling steps", minimum=1)
+    guidance_scale: float = option(5.0, help="1: no guidance", minimum=0.0)
+    sampler: str = option("auto", help="euler, euler_a, heun or dpmpp_2m; auto: the model's own")
+    spacing: str = option("auto", help="trailing, karras or edm; auto: the model's own")
+    seed: int = option(42, help="seed of the noise", minimum=0)
+    size: str | None = option(
+        None, help="HxW, height and width of an image [what the model was trained on]"
+    )
+    original_size: str | None = option(
+        None, help="HxW of the image before resizing, a condition of the network"
+    )
+    crop_top_left: str | None = option(
+        None, help="TxL, where the image was cropped, a condition of the network [0x0]"
+    )
+    target_size: str | None = option(
+        None, help="HxW of the image, a condition of the network [its size]"
+    )
+    aesthetic_score: float | None = option(None, help="for a model with that condition [6.0]")
+    negative_aesthetic_score: float | None = option(
+        None, help="the same for the images without prompt that guidance leads away from [2.5]"
+    )
+    out: Path = option(Path("grid.png"), help="PNG file")
+
+
+_COMMAND = Command(
+    "sample",
+    "Draws images from a checkpoint, or from a file of weights.",
+    Flags,
+    rest="arguments of sdxl-host train",
+    notes="With --checkpoint the model and its plugins are those it was trained with. With "
+    "--weight the model is that of --config, and whatever else `sdxl-host train` understands may "
+    "follow: --plugins edm, --edm_sigma_data 0.5, model.params... = value, --ms_mode 1.",
+)
 
 
 def sample(arguments: Sequence[str]) -> int:
     """Draws images as the arguments say; returns the exit code."""
-    options, rest = _parser().parse_known_args(list(arguments))
-    _check(options, rest)
+    return _COMMAND.run(arguments, _sample)
+
+
+def _sample(flags: Flags, rest: list[str]) -> int:
+    conditions = _conditions(flags)
+    _check(flags, rest)
 
     from sdxl_host.sampling.samplers import none_if_auto
 
-    sampler, notes = _sampler(options, rest)
-    for note in notes:
-        print(note, flush=True)
+    sampler, facts = _sampler(flags, rest, conditions)
+    show(*facts)
     pixels = sampler.draw(
-        options.prompt,
-        options.steps,
-        options.guidance_scale,
-        options.seed,
-        negative_prompt=options.negative_prompt,
-        sampler=none_if_auto(options.sampler),
-        spacing=none_if_auto(options.spacing),
+        flags.prompt,
+        flags.steps,
+        flags.guidance_scale,
+        flags.seed,
+        negative_prompt=flags.negative_prompt,
+        sampler=none_if_auto(flags.sampler),
+        spacing=none_if_auto(flags.spacing),
     )
     from sdxl_host.sampling.grid import save_grid
 
     try:
-        save_grid(options.out, pixels, options.prompt)
+        save_grid(flags.out, pixels, flags.prompt)
     except OSError as error:
-        raise _unwritable(options.out, error) from error
-    print(f"images      {options.out}")
+        raise _unwritable(flags.out, error) from error
+    show(("images", str(flags.out)))
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="sdxl-host sample",
-        description="Draw images from a checkpoint, or from a file of weights.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="DIR", help="a folder below checkpoints/ of a run")
-    add("--weight", metavar="PATH", help="a file or folder of weights, as for training")
-    add("--config", metavar="FILE", help=f"the model of --weight [{_CONFIG}]")
-    add("--use_ema", type=_truth, metavar="BOOL",
-        help="draw from a checkpoint's EMA [where it keeps one]")  # fmt: skip
-    add("--prompt", required=True, action="append", help="give it once an image")
-    add("--negative_prompt", metavar="TEXT", help="what guidance leads away from [zero embedding]")
-    add("--steps", type=int, default=25, help="sampling steps [25]")
-    add("--guidance_scale", type=float, default=5.0, help="1: no guidance [5.0]")
-    add("--sampler", default="auto", metavar="NAME",
-        help="euler, euler_a, heun or dpmpp_2m [the model's own]")  # fmt: skip
-    add("--spacing", default="auto", metavar="NAME",
-        help="trailing, karras or edm [the model's own]")  # fmt: skip
-    add("--seed", type=int, default=42, help="seed of the noise [42]")
-    add("--size", type=_pair, metavar="HxW",
-        help="height and width of an image [what the model was trained on]")  # fmt: skip
-    add("--original_size", type=_pair, metavar="HxW",
-        help="what the network is told the image's size was before resizing")  # fmt: skip
-    add("--crop_top_left", type=_pair, metavar="TxL",
-        help="where the network is told the image was cropped [0x0]")  # fmt: skip
-    add("--target_size", type=_pair, metavar="HxW",
-        help="what the network is told the image's size is [its size]")  # fmt: skip
-    add("--aesthetic_score", type=float, metavar="S", help="for a model with that condition [6.0]")
-    add("--negative_aesthetic_score", type=float, metavar="S", help="the same without prompt [2.5]")
-    add("--out", type=Path, default=Path("grid.png"), help="PNG file [grid.png]")
-    return parser
+def _conditions(flags: Flags) -> dict[str, Any]:
+    """The fields of `Conditions` that the flags give."""
+    given: dict[str, Any] = {}
+    for name in ("size", "original_size", "crop_top_left", "target_size"):
+        text = getattr(flags, name)
+        if text is not None:
+            first, _, second = text.lower().partition("x")
+            if not (first.isdigit() and second.isdigit()):
+                raise ConfigError(f"--{name} {text}: must be two numbers, such as 1024x1024")
+            given[name] = int(first), int(second)
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        if getattr(flags, name) is not None:
+            given[name] = getattr(flags, name)
+    return given
 
 
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be True or False")
-    return text.lower() == "true"
-
-
-def _pair(text: str) -> tuple[int, int]:
-    first, _, second = text.lower().partition("x")
-    if not (first.isdigit() and second.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers, such as 1024x1024")
-    return int(first), int(second)
-
-
-def _check(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _check(flags: Flags, rest: Sequence[str]) -> None:
     """Raises HostError for what needs no model to be seen as wrong."""
     from sdxl_host.errors import did_you_mean
     from sdxl_host.sampling.samplers import AUTO, SAMPLERS, SPACINGS
 
-    if options.weight == "":
+    if not flags.prompt:
+        raise ConfigError("--prompt: is missing; give what to draw, once for each image")
+    if flags.weight == "":
         raise ConfigError("--weight: is empty; give a file or folder of weights")
-    if (options.checkpoint is None) == (options.weight is None):
+    if (flags.checkpoint is None) == (flags.weight is None):
         raise ConfigError("sample: give either --checkpoint DIR or --weight PATH")
-    if options.checkpoint is not None:
-        if options.config is not None:
+    if flags.checkpoint is not None:
+        if flags.config is not None:
             raise ConfigError("--config: a checkpoint has its own; leave it out")
         if rest:
             raise ConfigError(
                 f"{rest[0]}: not understood; with --checkpoint the model's settings are its own "
                 "(sdxl-host sample --help lists what may be given)"
             )
-    elif options.use_ema is not None:
+    elif flags.use_ema is not None:
         raise ConfigError(
             "--use_ema: chooses between the weights of a --checkpoint; leave it out with --weight"
         )
-    if options.steps < 1:
-        raise ConfigError(f"--steps {options.steps}: must be at least 1")
-    if options.seed < 0:
-        raise ConfigError(f"--seed {options.seed}: must be at least 0")
-    if not 0 <= options.guidance_scale < float("inf"):
-        raise ConfigError(f"--guidance_scale {options.guidance_scale}: must be at least 0")
     for flag, value, known in (
-        ("sampler", options.sampler, [AUTO, *SAMPLERS]),
-        ("spacing", options.spacing, [AUTO, *SPACINGS]),
+        ("sampler", flags.sampler, [AUTO, *SAMPLERS]),
+        ("spacing", flags.spacing, [AUTO, *SPACINGS]),
     ):
         if value not in known:
             raise ConfigError(
                 f"--{flag} {value}: must be one of {', '.join(known)}{did_you_mean(value, known)}"
             )
     for flag in ("negative_prompt", "negative_aesthetic_score"):
-        if getattr(options, flag) is not None and options.guidance_scale == 1.0:
+        if getattr(flags, flag) is not None and flags.guidance_scale == 1.0:
             raise ConfigError(
                 f"--{flag}: has no effect at --guidance_scale 1; raise the scale or leave it out"
             )
     for word in rest:
         _check_for_training(word)
-    _check_out(options.out)
+    _check_out(flags.out)
 
 
 def _check_for_training(word: str) -> None:
@@ -180,32 +190,26 @@ def _unwritable(out: Path, error: OSError) -> DataError:
 
 
 def _sampler(
-    options: argparse.Namespace, rest: Sequence[str]
-) -> tuple[ImageSampler, Sequence[str]]:
-    """The sampler that the arguments describe, and lines that say what it is."""
-    names = (
-        "size", "original_size", "crop_top_left", "target_size",
-        "aesthetic_score", "negative_aesthetic_score",
-    )  # fmt: skip
-    told: dict[str, Any] = {
-        name: getattr(options, name) for name in names if getattr(options, name) is not None
-    }
-
+    flags: Flags, rest: Sequence[str], conditions: dict[str, Any]
+) -> tuple[ImageSampler, list[tuple[str, str]]]:
+    """The sampler that the flags describe, and rows that describe it."""
     from sdxl_host.device import prepare_device
 
-    if options.checkpoint is not None:
+    if flags.checkpoint is not None:
         prepare_device()
         from sdxl_host.sampling.load import restore_sampler
 
-        return restore_sampler(options.checkpoint, options.use_ema, **told)
+        return restore_sampler(flags.checkpoint, flags.use_ema, **conditions)
 
     from sdxl_host.config.load import image_size, load_model
 
-    config = load_model(["--config", options.config or _CONFIG, *rest, "--weight", options.weight])
+    config = load_model(
+        ["--config", flags.config or _CONFIG, *rest, "--weight", flags.weight or ""]
+    )
     prepare_device(config.train.device_target)
     from sdxl_host.sampling.load import weight_sampler
     from sdxl_host.sampling.pipeline import Conditions
 
     size = image_size(config)
-    sampler, lines = weight_sampler(config, Conditions(size, size), **told)
-    return sampler, [*lines, *(f"note        {notice}" for notice in config.notices)]
+    sampler, rows = weight_sampler(config, Conditions(size, size), **conditions)
+    return sampler, [*rows, *(("note", notice) for notice in config.notices)]

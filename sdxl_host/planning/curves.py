@@ -11,7 +11,6 @@ squared error, and p(t) * w(t), as a share of its sum, is where the run learns. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,11 +25,20 @@ from sdxl_host.errors import PluginError
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.hooks import Hooks
 
-__all__ = ["Curve", "curve", "curves", "host_curve", "probabilities", "start_lines", "table_lines"]
+__all__ = [
+    "Curve",
+    "Quarters",
+    "Tenth",
+    "curve",
+    "curves",
+    "host_curve",
+    "probabilities",
+    "quarters",
+    "tenths",
+]
 
 _QUARTERS = 4
 _TENTHS = 10
-_BAR = 24  # characters of the longest bar
 _EXACT = 1e-12  # between two curves that are one: rounding of sums over 1000 numbers
 
 
@@ -121,49 +129,67 @@ def probabilities(distribution: NoiseDistribution) -> FloatArray:
     return np.maximum(p, 0.0)
 
 
-# ---- in words
+# ---- in parts
 
 
-def start_lines(before: Curve, after: Curve) -> list[str]:
-    """What the start of a run prints: quarters of the timesteps, without plugins -> with them."""
-    rows = [
-        ("draws p", *(_percent(_sums(each.p, _QUARTERS)) for each in (before, after))),
-        ("p*w", *(_percent(_sums(each.share, _QUARTERS)) for each in (before, after))),
-        ("mean w", *(f"{each.mean_weight:.3f}" for each in (before, after))),
-    ]
-    changed = not after.is_like(before)
-    title = "curves      quarters of the timesteps, clean to noisy"
-    lines = [f"{title}; without plugins -> with them" if changed else title]
-    for name, first, second in rows:
-        lines.append(f"  {name:<10}{first}{f'  ->  {second}' if changed else ''}")
-    return lines
+@dataclass(frozen=True)
+class Quarters:
+    """What a run learns in each quarter of the timesteps, clean to noisy.
 
-
-def table_lines(before: Curve, after: Curve) -> list[str]:
-    """Tenths of the timesteps, without plugins -> with them; bars of p * w: `#` with, `|` without.
-
-    weight is the mean of w over a tenth's timesteps, each counted once.
+    Each pair is without plugins and with them. draws, shares: sums of p and of `Curve.share` over
+    each quarter. mean_weights: see `Curve.mean_weight`. is_changed: whether plugins make a
+    difference.
     """
-    count = len(after.sigma)
-    borders = _borders(count, _TENTHS)
-    shares = [_sums(each.share, _TENTHS) for each in (before, after)]
-    draws = [_sums(each.p, _TENTHS) for each in (before, after)]
-    # At least 1e-300, for a loss whose every weight is 0.
-    longest = max(shares[0].max(), shares[1].max(), 1e-300)
-    lines = [f"{'timesteps':<10}{'sigma':<13}{'draws p, %':^16}  {'weight w':^18}  {'p*w, %':^16}"]
-    for row, (first, last) in enumerate(pairwise(borders)):
-        weights = [_mean(each, first, last) for each in (before, after)]
-        sigma = f"{after.sigma[first]:.3g}-{after.sigma[last - 1]:.3g}"
-        bar = list("#" * round(_BAR * shares[1][row] / longest))
-        mark = round(_BAR * shares[0][row] / longest)
-        bar += " " * (mark + 1 - len(bar))
-        bar[mark] = "|"
-        cells = [f"{first}-{last - 1}".ljust(9), sigma.ljust(12)]
-        cells += [f" {100 * draws[0][row]:5.1f} -> {100 * draws[1][row]:5.1f}"]
-        cells += [f"{_short(weights[0]):>7} -> {_short(weights[1]):>7}"]
-        cells += [f"{100 * shares[0][row]:5.1f} -> {100 * shares[1][row]:5.1f}", "".join(bar)]
-        lines.append(" ".join([*cells[:2], "  ".join(cells[2:])]))
-    return [line.rstrip() for line in lines]
+
+    draws: tuple[list[float], list[float]]
+    shares: tuple[list[float], list[float]]
+    mean_weights: tuple[float, float]
+    is_changed: bool
+
+
+@dataclass(frozen=True)
+class Tenth:
+    """What a run learns in a tenth of the timesteps, from `first` to `last`.
+
+    sigma: of the first and of the last. The other pairs are without plugins and with them: draws
+    and share, the sums of p and of `Curve.share`; weight, the mean of w with each timestep counted
+    once.
+    """
+
+    first: int
+    last: int
+    sigma: tuple[float, float]
+    draws: tuple[float, float]
+    weight: tuple[float, float]
+    share: tuple[float, float]
+
+
+def quarters(before: Curve, after: Curve) -> Quarters:
+    """The curves without plugins and with them, summed over quarters of the timesteps."""
+    return Quarters(
+        (_sums(before.p, _QUARTERS), _sums(after.p, _QUARTERS)),
+        (_sums(before.share, _QUARTERS), _sums(after.share, _QUARTERS)),
+        (before.mean_weight, after.mean_weight),
+        not after.is_like(before),
+    )
+
+
+def tenths(before: Curve, after: Curve) -> list[Tenth]:
+    """The curves without plugins and with them, by tenths; fewer where there are fewer timesteps.
+
+    Where all weights are 0, so are the shares.
+    """
+    return [
+        Tenth(
+            first,
+            end - 1,
+            (float(after.sigma[first]), float(after.sigma[end - 1])),
+            (float(before.p[first:end].sum()), float(after.p[first:end].sum())),
+            (float(before.w[first:end].mean()), float(after.w[first:end].mean())),
+            (float(before.share[first:end].sum()), float(after.share[first:end].sum())),
+        )
+        for first, end in pairwise(_borders(len(after.sigma), _TENTHS))
+    ]
 
 
 def _borders(count: int, parts: int) -> list[int]:
@@ -172,20 +198,7 @@ def _borders(count: int, parts: int) -> list[int]:
     return [round(count * part / parts) for part in range(parts + 1)]
 
 
-def _sums(values: FloatArray, parts: int) -> FloatArray:
+def _sums(values: FloatArray, parts: int) -> list[float]:
     """Sums over `parts` parts of the timesteps, as even as can be."""
     pairs = pairwise(_borders(len(values), parts))
-    return np.array([values[first:last].sum() for first, last in pairs])
-
-
-def _mean(of: Curve, first: int, last: int) -> float:
-    """Mean weight of the timesteps from `first` up to `last`, each counted once."""
-    return float(of.w[first:last].mean())
-
-
-def _percent(parts: Sequence[float] | FloatArray) -> str:
-    return " ".join(f"{100 * part:5.1f}" for part in parts) + " %"
-
-
-def _short(number: float) -> str:
-    return f"{number:.3f}" if 0.001 <= number < 1000 or number == 0 else f"{number:.2g}"
+    return [float(values[first:end].sum()) for first, end in pairs]

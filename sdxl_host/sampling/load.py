@@ -14,7 +14,7 @@ from sdxl_host.errors import ConfigError
 from sdxl_host.models.precision import check_precision, drawing_settings, set_precision
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.sampling.pipeline import KEYS, Conditions, ImageSampler
-from sdxl_host.weights.networks import build_networks, check_fit, weight_lines
+from sdxl_host.weights.networks import build_networks, check_fit, weight_rows
 from sdxl_host.weights.open import open_weight_setting
 
 __all__ = ["restore_sampler", "weight_sampler"]
@@ -22,8 +22,8 @@ __all__ = ["restore_sampler", "weight_sampler"]
 
 def restore_sampler(
     folder: Path, use_ema: bool | None = None, **told: Any
-) -> tuple[ImageSampler, list[str]]:
-    """A sampler with the checkpoint's weights and hooks, and lines that say what it is.
+) -> tuple[ImageSampler, list[tuple[str, str]]]:
+    """A sampler with the checkpoint's weights and hooks, and (label, text) rows that describe it.
 
     use_ema: draw from the EMA; None for where the checkpoint keeps one. told: fields
     of `Conditions` that differ from what the model was trained on. Raises HostError when the folder
@@ -52,23 +52,23 @@ def restore_sampler(
     set_precision(model, settings)
     hooks.load_state_dict(checkpoint.plugin_states())
     names = ", ".join(f"{p['name']} {p['version']}" for p in checkpoint.plugins) or "none"
-    lines = [
-        f"checkpoint  {folder} (step {checkpoint.step}{', EMA' if use_ema else ''})",
-        f"plugins     {names}",
-        _objective(model),
+    rows = [
+        ("checkpoint", f"{folder} (step {checkpoint.step}{', EMA' if use_ema else ''})"),
+        ("plugins", names),
+        ("objective", _objective(model)),
     ]
     notes += [
         f"{now.installed} is installed; trained with version {then['version']}"
         for now, then in zip(config.plugins, checkpoint.plugins, strict=True)
         if now.installed.version != then["version"]
     ]
-    lines += [f"note        {note}" for note in notes]
-    return ImageSampler(hooks, model, conditions, settings.ms_mode == 1), lines
+    rows += [("note", note) for note in notes]
+    return ImageSampler(hooks, model, conditions, settings.ms_mode == 1), rows
 
 
 def weight_sampler(
     config: RunConfig, usual: Conditions, **told: Any
-) -> tuple[ImageSampler, list[str]]:
+) -> tuple[ImageSampler, list[tuple[str, str]]]:
     """A sampler of the model that `config` describes with the weights `train.weight` names.
 
     usual: the conditions the model is trained on; told: fields of them that differ. A size that is
@@ -85,12 +85,12 @@ def weight_sampler(
     build_networks(model, config.train.seed, source)
     set_precision(model, config.train)
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
-    lines = [
-        *(weight_lines(source, model) if source is not None else []),
-        f"plugins     {names}",
-        _objective(model),
+    rows = [
+        *(weight_rows(source, model) if source is not None else []),
+        ("plugins", names),
+        ("objective", _objective(model)),
     ]
-    return ImageSampler(hooks, model, conditions, config.train.ms_mode == 1), lines
+    return ImageSampler(hooks, model, conditions, config.train.ms_mode == 1), rows
 
 
 def _conditions(model: DiffusionModel, usual: Conditions, told: Mapping[str, Any]) -> Conditions:
@@ -110,4 +110,4 @@ def _conditions(model: DiffusionModel, usual: Conditions, told: Mapping[str, Any
 
 
 def _objective(model: DiffusionModel) -> str:
-    return f"objective   {model.preconditioning.name}, spacing {model.sampling.spacing}"
+    return f"{model.preconditioning.name}, spacing {model.sampling.spacing}"

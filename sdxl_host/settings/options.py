@@ -11,7 +11,7 @@ from typing import Any
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.settings.values import coerce, type_name
 
-__all__ = ["build_options", "describe", "first_line", "make_field", "option"]
+__all__ = ["build_options", "check_range", "describe", "first_line", "make_field", "option"]
 
 
 def option(
@@ -94,7 +94,7 @@ def build_options(options: type, values: Mapping[str, Any], where: str) -> Any:
     except (TypeError, ValueError) as error:  # raised by the dataclass's own __post_init__
         raise ConfigError(f"{where}: {error}") from error
     for name, field in fields.items():
-        _check_range(f"{where}.{name}", getattr(built, name), field)
+        check_range(f"{where}.{name}", getattr(built, name), field)
     return built
 
 
@@ -109,10 +109,11 @@ def _bounds(field: dataclasses.Field[Any]) -> dict[str, float]:
     }
 
 
-def _check_range(where: str, value: Any, field: dataclasses.Field[Any]) -> None:
+def check_range(where: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    """Raises ConfigError for a number, or one in a list, that its field's bounds leave out."""
     if isinstance(value, list):
         for index, item in enumerate(value):
-            _check_range(f"{where}[{index}]", item, field)
+            check_range(f"{where}[{index}]", item, field)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not math.isfinite(value):

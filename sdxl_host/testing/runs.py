@@ -22,6 +22,7 @@ from sdxl_host.plugins.discovery import normalize
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdxl_host.training.summary import Fact
     from sdxl_host.training.trainer import Trainer
 
 __all__ = ["TinyRun", "only", "tiny_config", "tiny_run", "train_tiny"]
@@ -35,7 +36,8 @@ class TinyRun:
     """What a run left.
 
     losses: of each step in metrics.jsonl. metrics: that file. checkpoint: the last one's folder.
-    save_path: the run's folder. lines: what was said.
+    save_path: the run's folder. lines: what the run showed at its start, on its way and at its end,
+    as "note: TEXT", without the curves.
     """
 
     losses: list[float]
@@ -190,7 +192,7 @@ def train_tiny(
     from sdxl_host.training.build import make_trainer
 
     lines: list[str] = []
-    trainer = make_trainer(config, lines.append)
+    trainer = make_trainer(config, lambda fact: lines.extend(_lines(fact)))
     trainer.observers = [o for o in trainer.observers if type(o).__name__ not in without]
     if prepare is not None:
         prepare(trainer)
@@ -203,6 +205,13 @@ def train_tiny(
         save_path=trainer.save_path,
         lines=tuple(lines),
     )
+
+
+def _lines(fact: Fact) -> list[str]:
+    """A sentence as it is, and a row as `label: text`."""
+    if isinstance(fact, str):
+        return [fact]
+    return [": ".join(filter(None, fact))] if isinstance(fact, tuple) else []
 
 
 @cache

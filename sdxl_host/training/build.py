@@ -54,17 +54,17 @@ __all__ = ["make_trainer"]
 
 
 def make_trainer(
-    config: RunConfig, say: Callable[[str], None] = print, ranks: Ranks | None = None
+    config: RunConfig, say: Callable[[summary.Fact], None], ranks: Ranks | None = None
 ) -> Trainer:
     """The trainer of a run: new, or resumed where the settings name a checkpoint.
 
-    say: where lines for the user go; only rank 0 prints. ranks: this process among those that share
+    say: shows the user a fact; called on rank 0 alone. ranks: this process among those that share
     the run. Raises HostError for whatever the user can mend, before anything slow has begun where
     that is possible.
     """
     ranks = ranks or Ranks()
     if not ranks.is_main_process:
-        say = _print_nothing
+        say = _show_nothing
     settings, total = config.train, config.data.total_step
 
     # What is cheap to get wrong comes first.
@@ -120,11 +120,11 @@ def make_trainer(
     positions = range(ranks.rank * rank_size, (ranks.rank + 1) * rank_size)
     batches = _make_batches(config, dataset, model, batch_size, positions)
     encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size)
-    curve_lines, plugin_notes = summary.plugin_lines(asked, model, config, checkpoint)
+    quarters, plugin_notes = summary.ask_plugins(asked, model, config, checkpoint)
     record = RunRecord(
         settings=folder.settings,
         plugins=summary.plugin_list(config),
-        learned=summary.record(model, hooks, dataset, batch_size, curve_lines),
+        learned=summary.record(model, hooks, dataset, batch_size, quarters),
         with_optimizer=settings.save_optimizer,
         exports=[change.export for change in model.changes if change.export is not None],
     )
@@ -167,10 +167,10 @@ def make_trainer(
         grids=grids,
         say=say,
     )
-    for line in summary.start_lines(
-        trainer, curve_lines, [*plugin_notes, *optimizer.notes()], checkpoint, changes, source
+    for fact in summary.start_facts(
+        trainer, quarters, [*plugin_notes, *optimizer.notes()], checkpoint, changes, source
     ):
-        say(line)
+        say(fact)
     return trainer
 
 
@@ -244,5 +244,5 @@ def _make_grids(
     )
 
 
-def _print_nothing(line: str) -> None:
-    """What ranks other than rank 0 do with their lines."""
+def _show_nothing(fact: summary.Fact) -> None:
+    """What ranks other than rank 0 do with their facts."""

@@ -1,9 +1,10 @@
-"""What is printed at the start and at the end of a run, and what a checkpoint records of it."""
+"""What is shown at the start and at the end of a run, and what a checkpoint records of it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,24 +24,30 @@ from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.settings.schema import TrainSettings
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.state import RunState
-from sdxl_host.weights.networks import weight_lines
+from sdxl_host.weights.networks import weight_rows
 from sdxl_host.weights.source import Source
 
 __all__ = [
+    "Fact",
+    "Row",
+    "ask_plugins",
     "compiling",
-    "compute_lines",
+    "compute_rows",
     "digest",
-    "end_lines",
-    "plugin_lines",
+    "end_facts",
     "plugin_list",
+    "plugin_rows",
     "record",
     "samples_of",
-    "start_lines",
+    "start_facts",
 ]
+
+Row = tuple[str, str]  # a label and its text; an empty label goes on with the row above
+Fact = str | Row | curves.Quarters  # a sentence, a row, or where the run learns
 
 
 class Run(Protocol):
-    """What the lines at the start and at the end of a run read of its trainer."""
+    """What the facts at the start and at the end of a run read of its trainer."""
 
     config: RunConfig
     ranks: Ranks
@@ -72,7 +79,7 @@ def record(
     hooks: Hooks,
     dataset: Text2ImageDataset,
     batch_size: int,
-    curve_lines: Sequence[str],
+    quarters: curves.Quarters,
 ) -> dict[str, Any]:
     """What was learned and on what: it goes into every checkpoint."""
     answered = ("build_model", "sample_timesteps", "weight_loss", "encode_prompt")
@@ -80,7 +87,7 @@ def record(
         "preconditioning": model.preconditioning.name,
         "scheduler": model.preconditioning.scheduler_config(),
         "hooks": {hook: hooks.chain(hook) for hook in answered},
-        "curves": list(curve_lines),
+        "curves": asdict(quarters),
         "size": [dataset.target_size, dataset.target_size],
         "original_size": list(dataset.typical_size()),
         "aesthetic_score": dataset.aesthetic_score,
@@ -88,28 +95,34 @@ def record(
     }
 
 
-def plugin_lines(
+def ask_plugins(
     asked: Hooks, model: DiffusionModel, config: RunConfig, checkpoint: Checkpoint | None
-) -> tuple[list[str], list[str]]:
-    """Where the run learns, without its plugins and with them; and the plugins' own notes.
+) -> tuple[curves.Quarters, list[str]]:
+    """Where the run learns, without its plugins and with them; and the plugins' notes.
 
     asked: a copy of the run's hooks, because asking a plugin may change its state.
     """
     if checkpoint is not None:
         asked.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
-    learned = curves.start_lines(*curves.curves(asked, model, config.tree))
+    learned = curves.quarters(*curves.curves(asked, model, config.tree))
     return learned, asked.notes(model)
 
 
-def compute_lines(network: Any, settings: TrainSettings) -> list[str]:
+def plugin_rows(config: RunConfig, hooks: Hooks) -> list[Row]:
+    """The selected plugins in order, and what each does to which hook."""
+    names = ", ".join(p.installed.name for p in config.plugins) or "none"
+    return [("plugins", names), *(("", does) for does in hooks.describe())]
+
+
+def compute_rows(network: Any, settings: TrainSettings) -> list[Row]:
     """How the network will compute: the attention that is really used, and the precision."""
     device = "Ascend" if on_ascend() else "CPU"
     half = is_half(settings.ms_amp_level)
     attention = attention_in_use(network.attention_type, device, half, network.num_head_channels)
-    return [f"attention   {attention}", f"precision   {precision_line(settings)}"]
+    return [("attention", attention), ("precision", precision_line(settings))]
 
 
-def _batch_lines(run: Run) -> list[str]:
+def _update_rows(run: Run) -> list[Row]:
     """How an update's samples come together, where it is not one batch of one device."""
     data, settings = run.config.data, run.config.train
     parts = [
@@ -120,7 +133,16 @@ def _batch_lines(run: Run) -> list[str]:
     if run.batch_size == data.per_batch_size:
         return []
     product = " x ".join(f"{count} {what}" for count, what in parts if count > 1)
-    return [f"update      of {run.batch_size} samples: {product}"]
+    return [("update", f"of {run.batch_size} samples: {product}")]
+
+
+def _data_rows(dataset: Text2ImageDataset) -> list[Row]:
+    if not dataset.is_demo:
+        return [("data", f"{len(dataset)} captioned images")]
+    return [
+        ("data", f"{len(dataset)} captioned images that the package carries"),
+        ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
+    ]
 
 
 def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
@@ -141,56 +163,46 @@ def samples_of(batch_size: int, dataset: Text2ImageDataset) -> dict[str, Any]:
     }
 
 
-def start_lines(
+def start_facts(
     run: Run,
-    curve_lines: Sequence[str],
+    quarters: curves.Quarters,
     notes: Sequence[str],
     checkpoint: Checkpoint | None,
     changes: Sequence[str],
     source: Source | None,
-) -> list[str]:
-    """The block at the start of a run: plugins, objective, network, data, and what to note.
+) -> list[Fact]:
+    """The start of a run: plugins, objective, network, data, where it learns, and what to note.
 
-    curve_lines: where the run learns. notes: of plugins and optimizer. changes: how the run differs
-    from the one it resumes. source: the weights the run starts from, None where it begins untrained
-    or resumes.
+    notes: of plugins and optimizer. changes: how the run differs from the one it resumes. source:
+    the weights the run starts from, None where it begins untrained or resumes.
     """
-    config, dataset, networks = run.config, run.dataset, run.state.networks
+    config, networks = run.config, run.state.networks
     trained = sum(parameter.size for parameter in networks.trained)
-    lines = [
-        f"plugins     {', '.join(p.installed.name for p in config.plugins) or 'none'}",
-        *(f"            {line}" for line in run.hooks.describe()),
-        f"objective   {run.model.preconditioning.name}",
-        f"network     {trained:,} parameters trained",
-        *compute_lines(networks.cell, config.train),
-        *_batch_lines(run),
+    facts: list[Fact] = [
+        *plugin_rows(config, run.hooks),
+        ("objective", run.model.preconditioning.name),
+        ("network", f"{trained:,} parameters trained"),
+        *compute_rows(networks.cell, config.train),
+        *_update_rows(run),
     ]
     if source is not None:
-        lines += weight_lines(source, run.model)
+        facts += weight_rows(source, run.model)
     elif checkpoint is None:
-        lines.append(
-            "weights     none, everything starts untrained (--weight FILE starts from one)"
-        )
-    if dataset.is_demo:
-        lines += [
-            f"data        {len(dataset)} captioned images that the package carries",
-            "            (Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours",
-        ]
-    else:
-        lines.append(f"data        {len(dataset)} captioned images")
-    lines += curve_lines
-    lines.append(f"run         {run.save_path}")
+        untrained = "none, everything starts untrained (--weight FILE starts from one)"
+        facts.append(("weights", untrained))
+    facts += [*_data_rows(run.dataset), quarters, ("run", str(run.save_path))]
     if checkpoint is not None:
-        lines.append(f"resumed     {checkpoint.folder} at step {checkpoint.step}")
-        lines += [f"changed     {line}" for line in changes]
+        facts.append(("resumed", f"{checkpoint.folder} at step {checkpoint.step}"))
+        facts += [("changed", change) for change in changes]
         if checkpoint.step == config.data.total_step:
-            lines.append("finished    no step is left; --total_step N with a higher N goes on")
+            facts.append(("finished", "no step is left; --total_step N with a higher N goes on"))
     notes = [*config.notices, *notes]
     if checkpoint is not None:
         notes += _version_notes(checkpoint, plugin_list(config))
     if config.train.param_fp16:
         notes += half_notes(networks.network.values(), networks.trained)
-    return lines + [f"note        {line}" for line in notes]
+    facts += [("note", note) for note in notes]
+    return facts
 
 
 def _version_notes(checkpoint: Checkpoint, plugins: Sequence[Mapping[str, str]]) -> list[str]:
@@ -216,23 +228,23 @@ def compiling(cache: str) -> str:
     return f"compiling the training step{kept}; {takes}"
 
 
-def end_lines(run: Run, seconds: float, checkpoint: Path | None, images: Path | None) -> list[str]:
-    """The block at the end of a run.
+def end_facts(run: Run, seconds: float, checkpoint: Path | None, images: Path | None) -> list[Fact]:
+    """The end of a run.
 
     seconds: that it took. checkpoint, images: the last ones written, if any.
     """
-    state, lines = run.state, []
+    state, facts = run.state, list[Fact]()
     if state.skipped:
-        lines.append(f"skipped     {state.skipped} updates, whose gradients were not finite")
-    lines += [
+        facts.append(("skipped", f"{state.skipped} updates, whose gradients were not finite"))
+    facts += [
         f"trained to step {state.step} in {seconds:.0f} s",
-        f"metrics     {run.save_path / 'metrics.jsonl'}",
-        f"settings    {run.save_path / 'config.yaml'}",
-        f"checkpoint  {checkpoint}",
+        ("metrics", str(run.save_path / "metrics.jsonl")),
+        ("settings", str(run.save_path / "config.yaml")),
+        ("checkpoint", str(checkpoint)),
     ]
     if images is not None:
-        lines.append(f"images      {images}")
+        facts.append(("images", str(images)))
     if run.is_interrupted and state.step < run.config.data.total_step:
         flag = "--resume" if run.config.train.save_optimizer else "--weight"
-        lines.append(f"to go on    sdxl-host train ... {flag} {checkpoint}")
-    return lines
+        facts.append(("to go on", f"sdxl-host train ... {flag} {checkpoint}"))
+    return facts

@@ -68,7 +68,7 @@ class Trainer:
 
     batch_size: G, the samples of an update on all ranks. observers: called after the plugins at the
     end of each step, in this order; checkpoints and grids are among them on rank 0 alone.
-    say: where lines for the user go.
+    say: shows the user a fact.
     """
 
     config: RunConfig
@@ -86,7 +86,7 @@ class Trainer:
     observers: list[Observer]
     checkpoints: Checkpoints
     grids: Grids
-    say: Callable[[str], None]
+    say: Callable[[summary.Fact], None]
     is_interrupted: bool = False
     stop_reason: str | None = None
     logged: dict[str, float] = field(default_factory=dict)
@@ -116,8 +116,8 @@ class Trainer:
         if self.stop_reason is not None:
             self.say(f"stopped after step {self.step}: {self.stop_reason}")
         seconds = time.monotonic() - started
-        for line in summary.end_lines(self, seconds, self.checkpoints.last, self.grids.last):
-            self.say(line)
+        for fact in summary.end_facts(self, seconds, self.checkpoints.last, self.grids.last):
+            self.say(fact)
         # msrun kills every rank when one exits non-zero, even rank 0 while it saves; so only rank 0
         # returns the signal's code.
         number = self.interruption.number

@@ -33,7 +33,7 @@ __all__ = [
     "build_networks",
     "change_network",
     "check_fit",
-    "weight_lines",
+    "weight_rows",
 ]
 
 
@@ -59,20 +59,20 @@ class Networks:
         return found.hexdigest()
 
 
-def weight_lines(source: Source, model: DiffusionModel) -> list[str]:
-    """Lines for the user: where the weights come from, and what of the settings differs."""
-    lines = [f"weights     {source.description}", *(f"            {note}" for note in source.notes)]
+def weight_rows(source: Source, model: DiffusionModel) -> list[tuple[str, str]]:
+    """(label, text) rows: where the weights come from, and what of the settings differs."""
+    rows = [("weights", source.description), *(("", note) for note in source.notes)]
     trained, here = recorded_objective(source.metadata), model.preconditioning.name
     if trained is not None and trained != here:
-        lines.append(
-            f"note        these weights were trained with the objective {trained}, not {here}"
+        rows.append(
+            ("note", f"these weights were trained with the objective {trained}, not {here}")
         )
     scale, configured = source.metadata.get(SCALE_FACTOR), float(model.first_stage.scale_factor)
     if scale is not None and not math.isclose(float(scale), configured, rel_tol=1e-6):
-        lines.append(
-            f"note        these weights were trained with scale_factor {scale}, not {configured:g}"
+        rows.append(
+            ("note", f"these weights were trained with scale_factor {scale}, not {configured:g}")
         )
-    return lines
+    return rows
 
 
 def check_fit(model: DiffusionModel, size: tuple[int, int], where: str) -> None:

@@ -64,8 +64,3 @@ def test_json_is_the_findings_and_nothing_else(monkeypatch, capsys) -> None:
     assert first == {"name": "device", "state": "ok", "seen": "CPU", "remedy": ""}
     assert Finding(**second) == FAULT
     assert asked == [Path("runs")]
-
-
-def test_words_that_are_not_its_own(capsys) -> None:
-    assert main(["doctor", "--jsn"]) == 2
-    assert "sdxl-host doctor --help tells how to call it" in capsys.readouterr().err

@@ -113,8 +113,8 @@ def test_a_checkpoint_in_bfloat16_is_drawn_in_float32_where_the_device_lacks_it(
     asked: list[str] = []
     monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
     monkeypatch.setattr(precision, "apply_precision", lambda cell, *how: asked.extend(how))
-    lines = restore_sampler(plain)[1]
-    assert (asked, [line for line in lines if "bfloat16" in line]) == (["O3", "bfloat16"], [])
+    rows = restore_sampler(plain)[1]
+    assert (asked, [text for _, text in rows if "bfloat16" in text]) == (["O3", "bfloat16"], [])
 
 
 def test_bfloat16_is_refused_before_a_weight_is_opened(tmp_path: Path, capsys) -> None:
@@ -249,7 +249,7 @@ def test_plugins_are_given_to_weights_as_to_training(edm: Path, tmp_path: Path, 
         (["--weight", "n", "--prompt", "x", "--sample_steps", "9"], "--sample_steps: is a setting"),
         (["--weight", "n", "--prompt", "x", "train.seed=1"], "train.seed=1: is a setting of"),
         (["--weight", "nowhere", "--prompt", "x"], "nowhere: there is no such file or folder"),
-        (["--weight", "n", "--prompt", "x", "--size", "10"], "'10' must be two numbers"),
+        (["--weight", "n", "--prompt", "x", "--size", "10"], "--size 10: must be two numbers"),
         (["--checkpoint", "n", "--prompt", "x", "--sampler", "hein"], "did you mean heun?"),
         (["--checkpoint", "n", "--prompt", "x", "--spacing", "even"], "--spacing even: must be"),
         (
@@ -268,9 +268,15 @@ def test_plugins_are_given_to_weights_as_to_training(edm: Path, tmp_path: Path, 
         (["--checkpoint", "nowhere", "--prompt", "x"], "nowhere: is no checkpoint"),
         (["--prompt", "x"], "--checkpoint"),
         (["--checkpoint", "nowhere"], "--prompt"),
-        (["--checkpoint", "n", "--prompt", "x", "--steps", "0"], "--steps 0: must be at least 1"),
-        (["--checkpoint", "n", "--prompt", "x", "--seed", "-1"], "--seed -1: must be at least 0"),
-        (["--checkpoint", "n", "--prompt", "x", "--guidance_scale", "nan"], "--guidance_scale nan"),
+        (
+            ["--checkpoint", "n", "--prompt", "x", "--steps", "0"],
+            "--steps: 0 is out of range",
+        ),
+        (["--checkpoint", "n", "--prompt", "x", "--seed", "-1"], "--seed: -1 is out of range"),
+        (
+            ["--checkpoint", "n", "--prompt", "x", "--guidance_scale", "nan"],
+            "--guidance_scale: nan",
+        ),
         (["--checkpoint", "n", "--prompt", "x", "--out", "a.jpg"], "must end with .png"),
         (["--checkpoint", "n", "--prompt", "x", "--out", "file/a.png"], "can't be written"),
         (["--checkpoint", "n", "--prompt", "x", "--stepz", "1"], "--stepz"),

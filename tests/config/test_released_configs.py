@@ -11,6 +11,7 @@ import pytest
 from mindspore.nn.utils import no_init_parameters
 from omegaconf import OmegaConf
 
+from sdxl_host.commands.printer import lines_of
 from sdxl_host.config.load import load
 from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.diffusion.conditioning import PromptEmbedding
@@ -83,7 +84,7 @@ def trained(config: str, folder: Path, *more: str) -> tuple[dict[str, Any], list
     """One step of the config; its line in metrics.jsonl, and what the run said."""
     said: list[str] = []
     words = ["--config", config, "--save_path", str(folder), *more, *SHORT]
-    trainer = make_trainer(load(words), said.append)
+    trainer = make_trainer(load(words), lambda fact: said.extend(lines_of(fact)))
     trainer.run()
     lines = (trainer.save_path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 1

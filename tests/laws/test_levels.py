@@ -19,6 +19,7 @@ import pytest
 from mindspore import Tensor
 from safetensors.numpy import load_file
 
+from sdxl_host.commands.printer import lines_of
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError
 from sdxl_host.models.precision import LEVELS, LOSS_SCALE, is_half
@@ -55,7 +56,7 @@ def train(folder: Path, level: str, steps: int, *arguments: str) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "_GROWTH_INTERVAL", GROWTH.get(steps, 2000))
         patch.setattr(Grids, "on_step_end", lambda self, **given: None)
-        made = make_trainer(load(words), say=said.append)
+        made = make_trainer(load(words), say=lambda fact: said.extend(lines_of(fact)))
         made.run()
     return made, said
 
@@ -198,9 +199,8 @@ def test_the_start_says_the_precision(
     told = {"O0": "float32", "O2": "float16 but for norms and SiLU, weights in float32"}
     assert f"precision   {level}, {told[level]}" in said
     monkeypatch.setattr(summary, "on_ascend", lambda: True)
-    lines = summary.compute_lines(made.state.networks.cell, made.config.train)
-    attention = next(line for line in lines if line.startswith("attention"))
-    assert ("needs float16 or bfloat16" in attention) == (level == "O0")
+    rows = dict(summary.compute_rows(made.state.networks.cell, made.config.train))
+    assert ("needs float16 or bfloat16" in rows["attention"]) == (level == "O0")
 
 
 @pytest.mark.parametrize(("level", "dtype"), [("O0", ms.float32), ("O2", ms.float16)])

@@ -176,7 +176,7 @@ def main() -> int:
             if command(words) != 2:
                 print("round_trip: an objective that a single file can't name was not refused")
                 return 1
-            words.append("--allow-unmarked-objective")
+            words.append("--allow_unmarked_objective")
         if command(words):
             return 1
     before = open_weight_setting(str(options.pipeline))

@@ -23,8 +23,8 @@ from sdxl_host.planning.curves import (
     curves,
     host_curve,
     probabilities,
-    start_lines,
-    table_lines,
+    quarters,
+    tenths,
 )
 from sdxl_host.plugins.hooks import make_hooks
 
@@ -208,7 +208,7 @@ def test_a_loss_of_no_weight_has_no_share() -> None:
     nothing = Curve(SCHEDULE.sigmas, np.full(1000, 1e-3), np.zeros(1000))
     assert nothing.mean_weight == 0
     assert (nothing.share == 0).all()
-    assert len(table_lines(nothing, nothing)) == 11
+    assert all(part.share == (0, 0) for part in tenths(nothing, nothing))
 
 
 # ---- before and after
@@ -322,48 +322,44 @@ def test_a_plugins_wrong_cdf_is_told_with_its_name(site) -> None:
         both("--plugins", "wrong")
 
 
-# ---- in words
+# ---- in parts
 
 
-def test_the_start_of_a_run_tells_quarters_before_and_after() -> None:
-    assert start_lines(*both(*LATER)) == [
-        "curves      quarters of the timesteps, clean to noisy; without plugins -> with them",
-        "  draws p    25.0  25.0  25.0  25.0 %  ->   20.0  20.0  20.0  40.0 %",
-        "  p*w        25.0  25.0  25.0  25.0 %  ->   20.0  20.0  20.0  40.0 %",
-        "  mean w    1.000  ->  1.000",
-    ]
-    assert "0.207" in start_lines(*both("--plugins", "edm,snr"))[-1]
+def test_quarters_are_sums_of_the_curves_without_plugins_and_with_them() -> None:
+    before, after = both("--plugins", "edm,snr")
+    found = quarters(before, after)
+    ends = (slice(0, 250), slice(250, 500), slice(500, 750), slice(750, 1000))
+    for draws, shares, mean, one in zip(
+        found.draws, found.shares, found.mean_weights, (before, after), strict=True
+    ):
+        assert draws == pytest.approx([one.p[part].sum() for part in ends])
+        assert shares == pytest.approx([one.share[part].sum() for part in ends])
+        assert mean == pytest.approx(one.mean_weight)
+    assert found.is_changed
+    assert not quarters(before, before).is_changed
 
 
-def test_without_a_change_there_is_one_side_only() -> None:
-    lines = start_lines(*both("--plugins", "none"))
-    assert not any("->" in line for line in lines)
-    assert lines[1].split() == ["draws", "p", "25.0", "25.0", "25.0", "25.0", "%"]
-
-
-def test_the_table_has_a_row_for_each_tenth_and_bars_in_proportion() -> None:
-    head, *rows = table_lines(*both("--plugins", "edm,snr"))
-    assert head.split()[:2] == ["timesteps", "sigma"]
-    assert [row.split()[0] for row in rows][::9] == ["0-99", "900-999"]
-    assert len(rows) == 10
-    assert max(map(len, [head, *rows])) <= 100
-    # The second tenth has the largest share, so its bar is the longest; `|` is where 10 % is.
-    lengths = [row.count("#") + (row.rstrip()[-1] != "|") for row in rows]
-    assert lengths.index(max(lengths)) == 1
-    assert all(row.count("|") == 1 for row in rows)
-    assert rows[1].split()[:11] == [
-        "100-199", "0.344-0.569", "10.0", "->", "16.0", "1.000", "->", "0.487", "10.0", "->", "37.4"
-    ]  # fmt: skip
+def test_tenths_are_sums_of_draws_and_shares_and_means_of_weights() -> None:
+    before, after = both("--plugins", "edm,snr")
+    found = tenths(before, after)
+    assert [(part.first, part.last) for part in found][::9] == [(0, 99), (900, 999)]
+    assert len(found) == 10
+    second = found[1]
+    place = slice(100, 200)
+    assert second.sigma == (after.sigma[100], after.sigma[199])
+    assert second.draws == pytest.approx((before.p[place].sum(), after.p[place].sum()))
+    assert second.share == pytest.approx((before.share[place].sum(), after.share[place].sum()))
+    assert second.weight == pytest.approx((before.w[place].mean(), after.w[place].mean()))
 
 
 def test_small_schedules_have_curves_too() -> None:
-    """Fewer timesteps than rows."""
+    """Fewer timesteps than parts."""
     few = NoiseSchedule(np.array([0.1, 1.0, 10.0]))
     uniform = DiscreteDistribution(few)
     one = Curve(few.sigmas, probabilities(uniform), np.ones(3))
     assert np.allclose(one.p, 1 / 3)
-    assert start_lines(one, one)[1].split() == ["draws", "p", "33.3", "33.3", "33.3", "%"]
-    assert [row.split()[0] for row in table_lines(one, one)[1:]] == ["0-0", "1-1", "2-2"]
+    assert quarters(one, one).draws[0] == pytest.approx([1 / 3] * 3)
+    assert [(part.first, part.last) for part in tenths(one, one)] == [(0, 0), (1, 1), (2, 2)]
 
 
 def test_curves_import_no_mindspore() -> None:

@@ -57,7 +57,7 @@ def plain(device: str, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def test_a_tiny_run_tells_what_it_left(plain):
     assert len(plain.losses) == len(plain.metrics.splitlines()) == 2
     assert plain.checkpoint == plain.save_path.resolve() / "checkpoints" / "step_00000002"
-    assert plain.lines[0].split() == ["plugins", "none"]
+    assert plain.lines[0] == "plugins: none"
     assert all(array.dtype == np.float32 for array in plain.weights().values())
 
 

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from sdxl_host.commands.printer import lines_of
 from sdxl_host.commands.train import run as run_command
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError, DataError
@@ -71,7 +72,8 @@ def make(device: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
         words = [word for word in words if word.partition("=")[0] not in given]
         if "--save_path" not in given:
             words += [f"--save_path={tmp_path_factory.mktemp('runs')}"]
-        made = make_trainer(load([*words, *arguments]), [].append if said is None else said.append)
+        shown = [] if said is None else said
+        made = make_trainer(load([*words, *arguments]), lambda fact: shown.extend(lines_of(fact)))
         made.folder.close()  # the tests hold no folder against each other
         return made
 

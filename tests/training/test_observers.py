@@ -13,7 +13,7 @@ from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.observers import FiniteGuard, SharedStop
 from sdxl_host.training.signals import Interruption
 from sdxl_host.training.state import RunState
-from sdxl_host.training.summary import end_lines
+from sdxl_host.training.summary import end_facts
 
 
 class OfTwo(Ranks):
@@ -99,7 +99,7 @@ def test_a_run_can_go_on_only_where_steps_are_left(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(state=state, config=config, save_path=tmp_path, is_interrupted=True)
 
     def lines() -> str:
-        return "\n".join(end_lines(run, 7.6, Path("c"), Path("p")))
+        return str(end_facts(run, 7.6, Path("c"), Path("p")))
 
     assert "3 updates, whose gradients were not finite" in lines()
     assert "--resume" not in lines()

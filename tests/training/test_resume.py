@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from sdxl_host.checkpoints.open import Checkpoint, open_checkpoint
 from sdxl_host.checkpoints.write import Contents, save_checkpoint
+from sdxl_host.commands.printer import lines_of
 from sdxl_host.config.load import load, restore
 from sdxl_host.errors import ConfigError
 from sdxl_host.training.ema import ema_shares
@@ -45,7 +46,8 @@ def train(device: str) -> Train:
 
     def run(folder: Path, *words: str) -> tuple[Path, list[str]]:
         said: list[str] = []
-        trainer = make_trainer(load([*ARGUMENTS, "--save_path", str(folder), *words]), said.append)
+        config = load([*ARGUMENTS, "--save_path", str(folder), *words])
+        trainer = make_trainer(config, lambda fact: said.extend(lines_of(fact)))
         trainer.run()
         return trainer.save_path, said
 
@@ -57,7 +59,8 @@ def resumed(run: Path, *words: str) -> tuple[Any, list[str]]:
     from sdxl_host.training.build import make_trainer
 
     said: list[str] = []
-    trainer = make_trainer(load([*ARGUMENTS, "--save_path", str(run), *words]), said.append)
+    config = load([*ARGUMENTS, "--save_path", str(run), *words])
+    trainer = make_trainer(config, lambda fact: said.extend(lines_of(fact)))
     trainer.folder.close()
     return trainer, said
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from sdxl_host.commands.printer import lines_of
 from sdxl_host.config.load import load
 from sdxl_host.training.signals import Interruption
 
@@ -154,9 +155,9 @@ def train(site: Any, device: str, tmp_path: Path) -> Callable[..., tuple[int, li
     ) -> tuple[int, list[str]]:
         said: list[str] = []
 
-        def say(line: str) -> None:
-            said.append(line)
-            if signalled is not None and line.startswith("step 2/"):
+        def say(fact: Any) -> None:
+            said.extend(lines_of(fact))
+            if signalled is not None and said[-1].startswith("step 2/"):
                 signal.raise_signal(signalled)
 
         arguments = [*ARGUMENTS, "--save_path", str(tmp_path / folder), "--total_step=5", *words]

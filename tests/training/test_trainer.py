@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from sdxl_host.commands.printer import lines_of
 from sdxl_host.config.load import load, restore
 from sdxl_host.diffusion.objective import NoiseLevels
 from sdxl_host.errors import ConfigError, DataError, HostError
@@ -203,14 +204,14 @@ def test_an_idle_option_is_named_and_not_refused(device: str, tmp_path: Path) ->
     make_trainer(
         load(["--config", TINY, *words.split(), "--save_path", str(tmp_path)]), say=said.append
     )
-    assert any("portion" in line and "no effect" in line for line in said)
+    assert any("portion" in str(fact) and "no effect" in str(fact) for fact in said)
 
 
 def test_the_start_says_who_does_what(device: str, tmp_path: Path) -> None:
     said: list[str] = []
     make_trainer(
         load(["--config", TINY, "--plugins", "edm,snr", "--save_path", str(tmp_path)]),
-        say=said.append,
+        say=lambda fact: said.extend(lines_of(fact)),
     )
     text = "\n".join(said)
     assert "edm (sdxl-edm 0.1.0): adapts build_model, claims sample_timesteps" in text

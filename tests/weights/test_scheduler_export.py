@@ -70,5 +70,5 @@ def test_what_a_source_records_is_what_a_folder_gets(
         index = json.loads(Path(folder, "model_index.json").read_text())
         assert index["scheduler"] == ["diffusers", "EDMEulerScheduler"]
     assert main(["convert", "folder", "out.safetensors"]) == 2
-    assert "--allow-unmarked-objective" in capsys.readouterr().err
+    assert "--allow_unmarked_objective" in capsys.readouterr().err
     assert not Path("out.safetensors").exists()

@@ -230,7 +230,7 @@ def test_a_note_says_that_untrained_weights_leave_nothing_to_learn(
 def test_and_so_it_is(tmp_path: Path) -> None:
     run = tiny_run(["lora"], folder=tmp_path, steps=2, options={"lora": OPTIONS})
     assert not any(a.any() for name, a in run.weights().items() if ".lora_up." in name)
-    assert any(line.startswith("note        lora: an untrained network") for line in run.lines)
+    assert any(line.startswith("note: lora: an untrained network") for line in run.lines)
 
 
 # ---- the file
