@@ -39,7 +39,6 @@ __all__ = [
 Denoise = Callable[[np.ndarray, float], np.ndarray]
 StepNoise = Callable[[int], np.ndarray]
 
-SPACINGS = ("trailing", "karras", "edm")
 AUTO = "auto"  # as a setting: the model's default
 
 EDM_SIGMA_MIN, EDM_SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1
@@ -172,33 +171,44 @@ def edm_sigmas(steps: int) -> np.ndarray:
     return karras_sigmas(EDM_SIGMA_MIN, EDM_SIGMA_MAX, steps)
 
 
+def _trailing(sampling: SamplingDefaults, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    if steps > len(schedule):
+        raise ConfigError(
+            f"spacing: trailing cannot make {steps} steps of {len(schedule)} timesteps; "
+            "use fewer steps or karras"
+        )
+    return trailing_sigmas(schedule, steps)
+
+
+def _karras(sampling: SamplingDefaults, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    return karras_sigmas(sampling.sigma_min, sampling.sigma_max, steps)
+
+
+def _edm(sampling: SamplingDefaults, schedule: NoiseSchedule, steps: int) -> np.ndarray:
+    if sampling.sigma_min > EDM_SIGMA_MIN or sampling.sigma_max < EDM_SIGMA_MAX:
+        raise ConfigError(
+            f"spacing: edm needs noise levels from {EDM_SIGMA_MIN} to {EDM_SIGMA_MAX}, and "
+            f"this model was trained from {sampling.sigma_min:.4g} to "
+            f"{sampling.sigma_max:.4g}; use karras"
+        )
+    return edm_sigmas(steps)
+
+
+SPACINGS = {"trailing": _trailing, "karras": _karras, "edm": _edm}
+
+
 def noise_levels(
     sampling: SamplingDefaults, schedule: NoiseSchedule, steps: int, spacing: str | None = None
 ) -> np.ndarray:
-    """(steps + 1,) the noise levels of `spacing`, or of the model's default where that is None.
+    """(steps + 1,) the noise levels of `spacing`, or of the model's own where that is None.
 
     Raises ConfigError for an unknown spacing, for "edm" on a model that was not trained over the
     whole of its range, and for "trailing" with more steps than the schedule has timesteps.
     """
     spacing = sampling.spacing if spacing is None else spacing
-    if spacing == "trailing":
-        if steps > len(schedule):
-            raise ConfigError(
-                f"spacing: trailing cannot make {steps} steps of {len(schedule)} timesteps; "
-                "use fewer steps or karras"
-            )
-        return trailing_sigmas(schedule, steps)
-    if spacing == "karras":
-        return karras_sigmas(sampling.sigma_min, sampling.sigma_max, steps)
-    if spacing == "edm":
-        if sampling.sigma_min > EDM_SIGMA_MIN or sampling.sigma_max < EDM_SIGMA_MAX:
-            raise ConfigError(
-                f"spacing: edm needs noise levels from {EDM_SIGMA_MIN} to {EDM_SIGMA_MAX}, and "
-                f"this model was trained from {sampling.sigma_min:.4g} to "
-                f"{sampling.sigma_max:.4g}; use karras"
-            )
-        return edm_sigmas(steps)
-    raise ConfigError(
-        f"spacing: {spacing!r} is not known{did_you_mean(spacing, SPACINGS)}; "
-        f"use one of {', '.join(SPACINGS)}"
-    )
+    if spacing not in SPACINGS:
+        raise ConfigError(
+            f"spacing: {spacing!r} is not known{did_you_mean(spacing, SPACINGS)}; "
+            f"use one of {', '.join(SPACINGS)}"
+        )
+    return SPACINGS[spacing](sampling, schedule, steps)
