@@ -24,9 +24,7 @@ def train(arguments: Sequence[str]) -> int:
 def run(config: RunConfig) -> int:
     """Trains as `config` says and prints what is done; returns the exit code."""
     from sdxl_host.device import limit_memory, prepare_device
-    from sdxl_host.training.compile_cache import use_compile_cache
 
-    use_compile_cache(config)
     prepare_device(config.train.device_target)
     limit_memory(config.train.max_device_memory)
     from sdxl_host.training.build import make_trainer

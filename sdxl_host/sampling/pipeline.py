@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -53,7 +54,10 @@ class Conditions:
 
 
 class ImageSampler:
-    """Draws images; the network is compiled when first used and sees later updates of it."""
+    """Draws images; the network is compiled when first used and sees later updates of it.
+
+    eager: it is not compiled. compiled: what makes a compiled function of a cell's method.
+    """
 
     def __init__(
         self,
@@ -61,13 +65,14 @@ class ImageSampler:
         model: DiffusionModel,
         conditions: Conditions,
         eager: bool = False,
+        compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = ms.jit,
     ) -> None:
         self._hooks = hooks
         self.model = model
         self._conditions = conditions
         self._latent = [length // model.first_stage.downsampling for length in conditions.size]
         self._most = min(_BATCH, max(1, _BATCH_PIXELS // (self._latent[0] * self._latent[1])))
-        self._network = model.network if eager else ms.jit(model.network.construct)
+        self._network = model.network if eager else compiled(model.network.construct)
 
     def draw(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -27,6 +28,7 @@ from sdxl_host.sampling.pipeline import Conditions, ImageSampler
 from sdxl_host.settings.targets import build
 from sdxl_host.training import data_sink, summary
 from sdxl_host.training.batches import Batches
+from sdxl_host.training.compile_cache import CompileCache
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.ema import EMA
 from sdxl_host.training.inputs import EncodePrompts, Encoder
@@ -119,7 +121,13 @@ def make_trainer(
     # What a step takes, and what is done with what it gives.
     positions = range(ranks.rank * rank_size, (ranks.rank + 1) * rank_size)
     batches = _make_batches(config, dataset, model, batch_size, positions)
-    encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size)
+    graphs = CompileCache(
+        Path(settings.compile_cache).expanduser().resolve() if settings.compile_cache else None,
+        ranks.rank,
+        ranks.world_size,
+        say,
+    )
+    encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size, graphs)
     quarters, plugin_notes = summary.ask_plugins(asked, model, config, checkpoint)
     record = RunRecord(
         settings=folder.settings,
@@ -139,7 +147,7 @@ def make_trainer(
         settings.save_ckpt_interval,
         settings.max_num_ckpt,
     )
-    grids = _make_grids(config, dataset, hooks, model, cell.ema)
+    grids = _make_grids(config, dataset, hooks, model, cell.ema, graphs)
     if ranks.is_main_process:
         metrics = folder.path / "metrics.jsonl"
         intervals = settings.log_interval, settings.save_ckpt_interval
@@ -205,6 +213,7 @@ def _make_step(
     state: RunState,
     table: np.ndarray,
     batch_size: int,
+    graphs: CompileCache,
 ) -> tuple[EncodePrompts, RunStep]:
     """What makes embeddings of prompts, and what makes a step of its inputs."""
     settings, hooks = config.train, state.hooks
@@ -217,7 +226,8 @@ def _make_step(
             settings.jit_level,
         )
         return data_sink.FixedCaptions(hooks, model, dataset), sink
-    run = StepRunner(state.cell, table, settings.ms_mode == 1, settings.jit_level)
+    compiled = partial(graphs.compiled, jit_level=settings.jit_level)
+    run = StepRunner(state.cell, table, compiled if settings.ms_mode == 0 else None)
     return partial(hooks.encode_prompt, encoders=model.encoders), OneByOne(run)
 
 
@@ -227,6 +237,7 @@ def _make_grids(
     hooks: Hooks,
     model: DiffusionModel,
     ema: EMA | None,
+    graphs: CompileCache,
 ) -> Grids:
     """What draws the images that show how far a run has come."""
     settings = config.train
@@ -237,7 +248,7 @@ def _make_grids(
     )
     first = [image.caption for image in dataset.images[: settings.sample_count]]
     return Grids(
-        partial(ImageSampler, hooks, model, conditions, settings.ms_mode == 1),
+        partial(ImageSampler, hooks, model, conditions, settings.ms_mode == 1, graphs.compiled),
         list(settings.sample_prompts) or first,
         settings,
         nullcontext if ema is None else ema.swapped_in,

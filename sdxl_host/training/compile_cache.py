@@ -1,73 +1,163 @@
-"""Compiled graphs kept on the disk, so that the next start of the same run compiles nothing.
+"""Compiled graphs kept on the disk, so that another start that needs the same compiles nothing.
 
-MindSpore does not see that a Python attribute has changed since a graph was kept: it would compute
-with the old one. So each folder of graphs belongs to one set of settings, workers, sources and
-versions.
+MindSpore 2.10 names what it keeps by the order of compilation in a process, in one folder that it
+asks for once, and does not look whether a graph is the one wanted: another order, another shape or
+another attribute, and it computes with the wrong one. So it gets a folder of this process alone,
+and before each compilation the graph that belongs there, if there is one; it is found by a digest
+of what it is made of.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
+import platform
+import shutil
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import importlib_metadata
-from omegaconf import OmegaConf
+import mindspore as ms
 
-from sdxl_host.config.load import RunConfig
+from sdxl_host.files.atomic import write_file
+from sdxl_host.training.identity import Undeclared, graph_digest
 
-__all__ = ["cache_folder", "use_compile_cache"]
+__all__ = ["CompileCache"]
 
-# What a graph can't depend on, of the section `train`.
-_NO_MATTER = (
-    "save_path",
-    "save_path_with_time",
-    "resume",
-    "resume_step",
-    "optimizer_weight",
-    "weight",
-    "allow_changes",
-    "compile_cache",
-    "save_ckpt_interval",
-    "max_num_ckpt",
-    "log_interval",
-)
+Compiled = Callable[..., Any]
 
 
-def use_compile_cache(config: RunConfig) -> None:
-    """Lets MindSpore keep graphs below `train.compile_cache`, if it is set; before its import."""
-    if not config.train.compile_cache:
-        return
-    folder = Path(config.train.compile_cache).expanduser().resolve() / cache_folder(config)
-    os.environ["MS_COMPILER_CACHE_ENABLE"] = "1"
-    os.environ["MS_COMPILER_CACHE_PATH"] = str(folder)
+class CompileCache:
+    """Compiles methods of cells, and keeps their graphs in `folder`, or nowhere for None.
+
+    rank, ranks: of this process, and how many share an update. say: where a line goes for a graph
+    that can't be kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._folder, self._say = folder, say
+        self._facts = {
+            "device": ms.get_current_device().device_target,
+            "machine": platform.machine(),
+            "rank": rank,
+            "ranks": ranks,
+            "python": sys.version,
+            **{name: importlib_metadata.version(name) for name in ("mindspore", "numpy")},
+        }
+
+    def compiled(self, method: Compiled, jit_level: str = "O0") -> Compiled:
+        """A cell's method, compiled at its first call with inputs of each shape and type."""
+        function = ms.jit(method, jit_level=jit_level)
+        if self._folder is None:
+            return function
+        folder, known = self._folder, set()
+
+        def call(*inputs: ms.Tensor) -> Any:
+            signature = tuple((tuple(value.shape), value.dtype) for value in inputs)
+            if signature in known:
+                return function(*inputs)
+            try:
+                facts = {**self._facts, "jit_level": jit_level}
+                name = graph_digest(method.__self__, method.__name__, signature, facts)
+            except Undeclared as reason:
+                self._say(f"note        --compile_cache: a graph is not kept: it holds {reason}")
+                outputs = function(*inputs)
+            else:
+                with self._exchange(folder / f"{name}.mindir"):
+                    outputs = function(*inputs)
+            known.add(signature)
+            return outputs
+
+        return call
+
+    @contextmanager
+    def _exchange(self, stored: Path) -> Iterator[None]:
+        """Lets MindSpore find the graph `stored` in what is compiled inside; stores it if it is
+        new."""
+        found = stored if stored.is_file() else None
+        with _process_folder(self._facts["rank"]).compiling(found) as new:
+            yield
+        try:
+            for graph in new:
+                write_file(stored, graph)
+        except OSError as error:
+            self._say(f"note        --compile_cache: a graph is not kept: {error}")
 
 
-def cache_folder(config: RunConfig) -> str:
-    """A name that differs wherever a graph might: by settings, workers, sources and versions."""
-    tree = config.tree.copy()
-    OmegaConf.set_readonly(tree, False)
-    for name in _NO_MATTER:
-        del tree.train[name]
-    digest = hashlib.sha256(OmegaConf.to_yaml(tree).encode("utf-8"))
-    # The step divides by their number and exchanges with them.
-    workers = os.environ.get("MS_WORKER_NUM", "") if config.train.is_parallel else ""
-    digest.update(f"{workers} workers".encode())
-    modules = ["sdxl_host", *(plugin.installed.module for plugin in config.plugins)]
-    for file in _sources(modules):
-        digest.update(file.read_bytes())
-    versions = [importlib_metadata.version(name) for name in ("mindspore", "numpy")]
-    digest.update(repr((versions, sys.version)).encode("utf-8"))
-    return digest.hexdigest()[:16]
+class _ProcessFolder:
+    """The folder that MindSpore keeps this process's graphs in, numbered as they are compiled.
+
+    It is emptied after each compilation, so that no graph is ever there for another.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="sdxl-host-graphs-")
+        self._folder = Path(self._temporary.name) / f"rank_{rank}" / "graph_cache"
+        self._folder.mkdir(parents=True)
+        self._next = 0
+
+    @contextmanager
+    def compiling(self, graph: Path | None) -> Iterator[list[bytes]]:
+        """Inside, one graph is compiled, or read from the file `graph`; what is yielded then holds
+        it afterwards if it has been compiled."""
+        place = self._folder / f"compile_cache_{self._next}.mindir"
+        if graph is not None:
+            shutil.copyfile(graph, place)
+        before = _written(self._folder)
+        new: list[bytes] = []
+        try:
+            with _environment(
+                MS_COMPILER_CACHE_ENABLE="1",
+                MS_COMPILER_CACHE_PATH=self._temporary.name,
+                # Without it MindSpore compares the scripts' imports, and reads nothing more in this
+                # process once they differ; the digest covers them.
+                MS_DEV_FORCE_USE_COMPILE_CACHE="1",
+            ):
+                yield new
+            changed = [
+                file for file, at in _written(self._folder).items() if before.get(file) != at
+            ]
+            if len(changed) == 1:
+                new.append(changed[0].read_bytes())
+            last = changed[-1] if changed else place
+            self._next = int(last.stem.rpartition("_")[2]) + 1
+        finally:
+            for file in _written(self._folder):
+                file.unlink()
 
 
-def _sources(modules: Iterable[str]) -> Iterable[Path]:
-    """Every Python file of the modules' packages, in an order that is always the same."""
-    for module in modules:
-        found = sys.modules[module.partition(".")[0]].__file__
-        if found is None:
-            continue
-        file = Path(found)
-        yield from sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+@functools.cache
+def _process_folder(rank: int) -> _ProcessFolder:
+    """One a process: MindSpore asks for its path once."""
+    return _ProcessFolder(rank)
+
+
+def _written(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When each graph was written, and which file it is."""
+    found = {file: file.stat() for file in sorted(folder.glob("compile_cache_*.mindir"))}
+    return {file: (status.st_mtime_ns, status.st_ino) for file, status in found.items()}
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Inside, the environment has these values."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

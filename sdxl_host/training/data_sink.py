@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -58,6 +59,11 @@ def check(config: RunConfig, hooks: Hooks, model: DiffusionModel, step: int) -> 
         )
     if settings.ms_mode == 1:
         raise ConfigError("--data_sink True: needs compiled steps; use --ms_mode 0")
+    if settings.compile_cache:
+        raise ConfigError(
+            "--data_sink True: the graph of a queue's steps can't be kept; leave --compile_cache "
+            "out"
+        )
     if settings.gradient_accumulation_steps > 1:
         raise ConfigError(
             "--data_sink True: each step of a queue is an update; use "
@@ -98,7 +104,7 @@ class SinkStep(nn.Cell):
 
     def __init__(self, step: TrainStep, size: int, samples: int) -> None:
         super().__init__(auto_prefix=False)
-        self.step = step
+        self.step: Any = step  # MindSpore says that calling a cell may give None
         self.rows = Tensor(np.arange(size, dtype=np.int32)[:, None])
         self.size = size
         self.numbers = _ring("sink_numbers", (size, 5))

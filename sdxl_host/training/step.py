@@ -114,7 +114,7 @@ class TrainStep(nn.Cell):
         rows: int = 1024,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.network = network
+        self.network: Any = network  # MindSpore says that calling a cell may give None
         self.parameters = ParameterTuple(parameters)
         # What is updated: the parameters themselves, but for those kept in 16 bits.
         copies = float32 or {}
@@ -152,7 +152,7 @@ class TrainStep(nn.Cell):
             self.gather = ops.AllGather()
         self.kernel = ops.AdamWeightDecay()
         self.map = ops.HyperMap()
-        self.gradient = ops.value_and_grad(self.loss, None, self.parameters, has_aux=True)
+        self.gradient: Any = ops.value_and_grad(self.loss, None, self.parameters, has_aux=True)
 
     def loss(self, latents, noise, coefficients, context, vector, mask):
         """This batch's share of the mean of w * losses, scaled and as it is, and the losses (B,):
@@ -246,7 +246,7 @@ class TrainStep(nn.Cell):
         )
         if self.has_ema:
             share = ops.depend(ops.select(finite, ema_share, self.zero), done)
-            done = self.ema(share, self.weights)
+            done = self.ema(share, self.weights)  # pyright: ignore[reportOptionalCall]
         if self.has_half:
             done = ops.depend(self.map(_publish, self.is_half, self.parameters, self.weights), done)
         counted = ops.assign_add(self.applied, finite.astype(ms.int32))
@@ -304,23 +304,25 @@ class TrainStep(nn.Cell):
 
 
 class StepRunner:
-    """Calls a step, compiled at its first call or eager: at once, or batch by batch.
+    """Calls a step at once, or batch by batch.
 
-    table: (updates, 8) float32, see `update_table`. Parameters replaced by `set_data` after the
-    first compiled call would not be seen, so weights and state are loaded before it.
+    table: (updates, 8) float32, see `update_table`. compiled: what makes a compiled function of a
+    method, such as `ms.jit`; None: the step runs eagerly. Parameters replaced by `set_data` after
+    the first compiled call would not be seen, so weights and state are loaded before it.
     """
 
     def __init__(
-        self, step: TrainStep, table: np.ndarray, eager: bool, jit_level: str = "O0"
+        self,
+        step: TrainStep,
+        table: np.ndarray,
+        compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            return function if eager else ms.jit(function, jit_level=jit_level)
-
+        make = compiled or (lambda method: method)
         self._batches = step.batches
         self._rows = UpdateRows(step, table)
-        self._whole = compiled(step.construct)
-        self._accumulate = compiled(step.accumulate)
-        self._apply = compiled(step.apply)
+        self._whole = make(step.construct)
+        self._accumulate = make(step.accumulate)
+        self._apply = make(step.apply)
 
     def __call__(self, batches: Iterable[Sequence[np.ndarray]]) -> tuple[Any, ...]:
         """One update from the inputs of each of its batches, as `TrainStep.construct` takes them

@@ -305,7 +305,10 @@ def test_compiled_equals_eager(monkeypatch):
     monkeypatch.setattr(step_module, "_GROWTH_INTERVAL", 2)
     table = update_table(OPTIMIZER, RATES, 2.0)
     steps = [make_step(64.0, "O2") for _ in range(2)]
-    runners = (StepRunner(s, table, e) for s, e in zip(steps, (False, True), strict=True))
+    runners = (
+        StepRunner(s, table, None if e else ms.jit)
+        for s, e in zip(steps, (False, True), strict=True)
+    )
     graph, eager = (
         lambda *inputs, runner=runner: runner([[array.asnumpy() for array in inputs]])
         for runner in runners

@@ -1,4 +1,4 @@
-"""Graphs kept on the disk: a folder of their own for whatever might change them."""
+"""Graphs kept on the disk: found again by what they are made of, and never for another."""
 
 from __future__ import annotations
 
@@ -6,111 +6,216 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from mindspore import Parameter, Tensor, nn
+from safetensors.numpy import load_file
 
 from sdxl_host.config.load import load
 from sdxl_host.training import compile_cache
-from sdxl_host.training.compile_cache import cache_folder, use_compile_cache
+from sdxl_host.training.build import make_trainer
+from sdxl_host.training.compile_cache import CompileCache
 
-WORDS = ["--config", "tiny.yaml", "--plugins", "none"]
-
-
-def folder(*words: str) -> str:
-    return cache_folder(load([*WORDS, *words]))
+pytestmark = pytest.mark.usefixtures("device")
 
 
-def test_what_can_t_change_a_graph_leaves_the_folder() -> None:
-    """A resumed run, elsewhere, finds its graphs again."""
-    same = ["--save_path", "elsewhere", "--resume", "latest", "--max_num_ckpt", "3"]
-    kept = folder("--ms_mode=0", "--compile_cache", "graphs")
-    assert folder() == folder(*same)
-    assert folder("--ms_mode=0") == kept
+class Line(nn.Cell):
+    """factor * x + weight, and a second method."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.weight = Parameter(Tensor(np.full(3, 10.0, np.float32)), name="weight")
+
+    def construct(self, x):
+        return self.factor * x + self.weight
+
+    def difference(self, x):
+        return self.factor * x - self.weight
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--gradient_accumulation_steps", "2"],
-        ["optim.optimizer_config.params.beta2=0.99"],
-        ["optim.base_learning_rate=2e-3"],
-        ["data.total_step=4"],
-        ["--ms_amp_level", "O2"],
-        ["--max_grad_norm", "2"],
-        ["model.params.network_config.params.channel_mult=[1]"],
-        ["--use_ema", "True"],
-        ["data.per_batch_size=3"],
-    ],
-)
-def test_every_setting_that_a_graph_holds_has_its_own(words: list[str]) -> None:
-    """MindSpore would not see these: they are attributes and constants of Python."""
-    assert folder(*words) != folder()
+ONES = Tensor(np.ones(3, np.float32))
+ROWS = Tensor(np.ones((2, 3), np.float32))
 
 
-def test_every_number_of_workers_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over them is a constant of the graph: another number would be trained wrongly."""
-    folders = {folder("--is_parallel=True")}
-    for number in ("1", "2", "8"):
-        monkeypatch.setenv("MS_WORKER_NUM", number)
-        folders.add(folder("--is_parallel=True"))
-    assert len(folders) == 4
+def written(folder: Path) -> dict[str, int]:
+    """When each graph was written, by its name."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.mindir")}
 
 
-def test_sources_and_versions_have_their_own(
+def test_graphs_are_found_in_another_order_and_for_no_other_shape_method_or_constant(
+    tmp_path: Path,
+) -> None:
+    """MindSpore itself would take them by their order."""
+    first, line = CompileCache(tmp_path), Line(2.0)
+    whole, difference = first.compiled(line.construct), first.compiled(line.difference)
+    assert whole(ONES).asnumpy().tolist() == [12.0] * 3
+    assert whole(ROWS).asnumpy().tolist() == [[12.0] * 3] * 2
+    assert difference(ONES).asnumpy().tolist() == [-8.0] * 3
+    assert whole(ONES).asnumpy().tolist() == [12.0] * 3  # compiled already
+    kept = written(tmp_path)
+    assert len(kept) == 3
+
+    second, line = CompileCache(tmp_path), Line(2.0)
+    line.weight.set_data(Tensor(np.zeros(3, np.float32)))
+    whole, difference = second.compiled(line.construct), second.compiled(line.difference)
+    assert difference(ONES).asnumpy().tolist() == [2.0] * 3
+    assert whole(ROWS).asnumpy().tolist() == [[2.0] * 3] * 2
+    assert whole(ONES).asnumpy().tolist() == [2.0] * 3
+    assert written(tmp_path) == kept
+    assert difference(ROWS).asnumpy().tolist() == [[2.0] * 3] * 2
+    assert len(written(tmp_path)) == 4
+
+    for line, options, level in (
+        (Line(3.0), {}, "O0"),
+        (Line(2.0), {}, "O1"),
+        (Line(2.0), {"ranks": 2}, "O0"),
+    ):
+        before = len(written(tmp_path))
+        cache = CompileCache(tmp_path, **options)
+        expected = [10.0 + line.factor] * 3
+        assert cache.compiled(line.construct, level)(ONES).asnumpy().tolist() == expected
+        assert len(written(tmp_path)) == before + 1
+
+
+def test_a_damaged_graph_is_compiled_anew_and_replaced(tmp_path: Path) -> None:
+    CompileCache(tmp_path).compiled(Line(4.0).construct)(ONES)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        cache = CompileCache(tmp_path)
+        assert cache.compiled(Line(4.0).construct)(ONES).asnumpy().tolist() == [14.0] * 3
+        assert file.stat().st_size > 0.9 * len(whole)
+        kept = written(tmp_path)
+    assert cache.compiled(Line(4.0).construct)(ONES).asnumpy().tolist() == [14.0] * 3
+    assert written(tmp_path) == kept
+
+
+def test_without_a_folder_nothing_is_kept_and_the_environment_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = folder()
-    file = tmp_path / "one.py"
-    file.write_text("x = 1\n")
-    monkeypatch.setattr(compile_cache, "_sources", lambda modules: [file])
-    other = folder()
-    file.write_text("x = 2\n")
-    assert len({before, other, folder()}) == 3
-    version = compile_cache.importlib_metadata.version
-    monkeypatch.setattr(
-        compile_cache.importlib_metadata,
-        "version",
-        lambda name: "9.9" if name == "mindspore" else version(name),
+    monkeypatch.delenv("MS_COMPILER_CACHE_ENABLE", raising=False)
+    monkeypatch.setenv("MS_COMPILER_CACHE_PATH", "elsewhere")
+    before = dict(os.environ)
+    for folder in (None, tmp_path):
+        cache = CompileCache(folder)
+        assert cache.compiled(Line(5.0).construct)(ONES).asnumpy().tolist() == [15.0] * 3
+        assert len(written(tmp_path)) == (folder is not None)
+        assert dict(os.environ) == before
+
+
+class Opaque:
+    __slots__ = ()
+
+    def __new__(cls) -> Opaque:
+        return super().__new__(cls)
+
+
+def test_what_can_t_be_kept_is_named_and_computed(tmp_path: Path) -> None:
+    """A cell that holds what no digest covers; a folder that can't be written to."""
+    told: list[str] = []
+    line: Any = Line(6.0)
+    line.more = Opaque()
+    cache = CompileCache(tmp_path, say=told.append)
+    assert cache.compiled(line.construct)(ONES).asnumpy().tolist() == [16.0] * 3
+    (tmp_path / "file").write_text("")
+    cache = CompileCache(tmp_path / "file", say=told.append)
+    assert cache.compiled(Line(6.0).construct)(ONES).asnumpy().tolist() == [16.0] * 3
+    assert len(told) == 2
+    assert "Opaque" in told[0]
+    assert "file" in told[1]
+    assert all("--compile_cache" in line for line in told)
+
+
+def test_a_graph_that_is_not_taken_is_there_for_no_other(tmp_path: Path) -> None:
+    """As where an error ends a call before MindSpore compiles anything."""
+    CompileCache(tmp_path).compiled(Line(7.0).construct)(ONES)
+    (file,) = tmp_path.iterdir()
+    folder = compile_cache._process_folder(0)
+    with pytest.raises(ZeroDivisionError), folder.compiling(file):
+        raise ZeroDivisionError
+    cache = CompileCache(tmp_path)
+    assert cache.compiled(Line(8.0).construct)(ONES).asnumpy().tolist() == [18.0] * 3
+    assert len(written(tmp_path)) == 2
+
+
+# ---- whole runs
+
+NETWORK = "model.params.network_config.params"
+WORDS = [
+    f"{NETWORK}.channel_mult=[1]",
+    *("--config", "tiny.yaml", "--save_path_with_time", "False", "train.ms_mode=0"),
+    *("--sample_steps", "2", "--sample_count", "1", "--guidance_scale", "1"),
+]
+DEPTH = f"{NETWORK}.transformer_depth"
+FIRST = [f"{DEPTH}=[1]", "--plugins", "edm,snr", "--total_step", "2"]
+# Other numbers of plugins and of the optimizer, another length, and images in between.
+OTHER_NUMBERS = [
+    f"{DEPTH}=[1]",
+    *("--plugins", "edm,snr", "--snr_gamma", "1.5", "--edm_p_mean", "-0.4"),
+    *("optim.base_learning_rate=3e-3", "optim.optimizer_config.params.beta2=0.9"),
+    *("--total_step", "3", "--sample_interval", "1"),
+]
+# Another network twice over, and a longer context.
+OTHER_GRAPHS = [
+    *("--plugins", "edm,lpw,lora", "--lpw_max_embeddings_multiples", "2", "--total_step", "2"),
+    f"{DEPTH}=[2]",
+]
+
+
+def run(folder: Path, words: list[str], graphs: Path | None) -> dict[str, bytes]:
+    """A run in this process; its metrics and weights."""
+    given = [*WORDS, *words, "--save_path", str(folder)]
+    given += ["--compile_cache", str(graphs)] if graphs else []
+    make_trainer(load(given), say=lambda line: None).run()
+    return results(folder)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    arrays = load_file(folder / "checkpoints" / "latest" / "network.safetensors")
+    found = {name: array.tobytes() for name, array in arrays.items()}
+    return {"metrics": (folder / "metrics.jsonl").read_bytes(), **found}
+
+
+@pytest.fixture(scope="module")
+def graphs(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the graphs of a run's step and of its sampler."""
+    folder = tmp_path_factory.mktemp("first")
+    run(folder / "run", FIRST, folder / "graphs")
+    assert len(written(folder / "graphs")) == 2
+    return folder / "graphs"
+
+
+def test_a_second_process_finds_the_graphs(tmp_path: Path, graphs: Path) -> None:
+    """The step's and the sampler's, whatever the numbers of plugins, of the optimizer and of the
+    schedule, by MindSpore's own count; and computes what it does without them."""
+    kept = written(graphs)
+    command = [sys.executable, "-m", "sdxl_host", "train", *WORDS, *OTHER_NUMBERS]
+    command += ["--save_path", str(tmp_path / "second"), "--compile_cache", str(graphs)]
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "GLOG_v": "2"},
     )
-    assert folder() not in (before, other)
+    said = done.stdout + done.stderr
+    assert said.count("Use the compilation cache and execute the backend actions only") == 2
+    assert "Execute all the compilation actions" not in said
+    assert written(graphs) == kept
+    assert results(tmp_path / "second") == run(tmp_path / "without", OTHER_NUMBERS, None)
 
 
-def test_a_selected_plugin_s_source_counts(site, make_source) -> None:
-    module = site.add("fake", source=make_source("size: int = 1"))
-    config = load(["--config", "tiny.yaml", "--plugins", "fake"])
-    before = cache_folder(config)
-    (site.folder / f"{module}.py").write_text(make_source("size: int = 1", before="y = 3"))
-    assert cache_folder(config) != before
-
-
-def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    use_compile_cache(load(WORDS))
-    assert "MS_COMPILER_CACHE_ENABLE" not in os.environ
-    config = load([*WORDS, "--ms_mode=0", "--compile_cache", str(tmp_path)])
-    use_compile_cache(config)
-    assert os.environ["MS_COMPILER_CACHE_ENABLE"] == "1"
-    assert os.environ["MS_COMPILER_CACHE_PATH"] == str(tmp_path / cache_folder(config))
-
-
-@pytest.mark.soak
-def test_a_second_process_finds_the_graphs(tmp_path: Path) -> None:
-    """Compiled, kept, found: three runs with equal metrics, of which the second compiles nothing
-    anew (its folder is not written to)."""
-    words = ["--config", "tiny.yaml", "--plugins", "edm,snr", "train.ms_mode=0"]
-    words += ["--save_path_with_time", "False", "--gradient_accumulation_steps", "2"]
-    metrics, graphs = [], []
-    for name, cache in (("first", "graphs"), ("second", "graphs"), ("without", "")):
-        given = ["--save_path", str(tmp_path / name)]
-        if cache:
-            given += ["--compile_cache", str(tmp_path / cache)]
-        command = [sys.executable, "-m", "sdxl_host", "train", *words, *given]
-        subprocess.run(command, check=True, capture_output=True, timeout=900)
-        metrics.append((tmp_path / name / "metrics.jsonl").read_bytes())
-        kept = (tmp_path / "graphs").rglob("*.mindir")
-        graphs.append({file: file.stat().st_mtime_ns for file in kept})
-    assert metrics[0] == metrics[1] == metrics[2]
-    assert graphs[0]
-    assert graphs[0] == graphs[1]
+def test_another_network_or_context_compiles_anew(tmp_path: Path, graphs: Path) -> None:
+    """And computes what it does without the folder; the next such run finds its graphs. What each
+    of depth, context and adapters alone does to the digest is in test_identity.py."""
+    cached = run(tmp_path / "other", OTHER_GRAPHS, graphs)
+    kept = written(graphs)
+    assert len(kept) == 4
+    assert run(tmp_path / "again", OTHER_GRAPHS, graphs) == cached
+    assert written(graphs) == kept
+    assert run(tmp_path / "without", OTHER_GRAPHS, None) == cached

@@ -98,7 +98,7 @@ class Driver:
         table = update_table(optimizer, np.asarray(rates, np.float64), limit, ema_decay or 0.0)
         self.names = [parameter.name for parameter in self.step.parameters]
         self.batches = batches
-        self.run = StepRunner(self.step, table, eager=True)
+        self.run = StepRunner(self.step, table)
         self._deviations = np.random.default_rng(3)
 
     def update(self, gradients: Arrays) -> tuple[np.ndarray, ...]:

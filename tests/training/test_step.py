@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
@@ -272,7 +273,7 @@ def test_rows_are_renewed_where_the_device_runs_out_of_them():
     for rows, eager in ((2, False), (100, True), (3, True)):
         network = make_nano()
         step = TrainStep(network, list(network.get_parameters()), rows=rows)
-        runner = StepRunner(step, table, eager)
+        runner = StepRunner(step, table, None if eager else ms.jit)
         reported = []
         for k in range(10):
             batch = spoiled("nan latent") if k in (1, 4, 5) else make_batch(k)
@@ -291,7 +292,7 @@ def test_a_step_of_a_checkpoint_begins_at_its_row():
     rates = np.arange(1, 9) / 1000
     step = make_step()
     step.load_state({"applied": np.array(5, np.int32)})
-    runner = StepRunner(step, update_table(AdamW(), rates), eager=True)
+    runner = StepRunner(step, update_table(AdamW(), rates))
     *_, rate, _ = runner([list(make_batch().values())])
     assert float(rate.asnumpy()) == pytest.approx(rates[5])
 
@@ -469,7 +470,8 @@ def test_compiled_equals_eager():
     table = update_table(AdamW(weight_decay=0.1), rates, 2.0)
     steps = [make_step() for _ in range(2)]
     runners = [
-        StepRunner(step, table, eager) for step, eager in zip(steps, (False, True), strict=True)
+        StepRunner(step, table, None if eager else ms.jit)
+        for step, eager in zip(steps, (False, True), strict=True)
     ]
     calls = [
         lambda *inputs, runner=runner: runner([[array.asnumpy() for array in inputs]])
