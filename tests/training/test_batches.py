@@ -79,6 +79,7 @@ def test_the_next_batches_are_made_in_a_thread_and_no_more_of_them(
         assert batches.get(step).step == step
     batches.close()
     assert made == [(step, True) for step in range(1, TOTAL + 1)]
+    assert not batches._prepared  # images are not kept
 
 
 def test_an_image_that_can_t_be_read_is_named_at_its_step(make: Any, tmp_path: Path) -> None:
