@@ -18,13 +18,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import importlib_metadata
 import mindspore as ms
 
 from sdxl_host.files.atomic import write_file
 from sdxl_host.training.identity import Undeclared, graph_digest
+
+if TYPE_CHECKING:
+    from sdxl_host.training.summary import Fact
 
 __all__ = ["CompileCache"]
 
@@ -34,8 +37,8 @@ Compiled = Callable[..., Any]
 class CompileCache:
     """Compiles methods of cells, and keeps their graphs in `folder`, or nowhere for None.
 
-    rank, ranks: of this process, and how many share an update. say: where a line goes for a graph
-    that can't be kept.
+    rank, ranks: of this process, and how many share an update. say: shows the user a note where a
+    graph can't be kept.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class CompileCache:
         folder: Path | None = None,
         rank: int = 0,
         ranks: int = 1,
-        say: Callable[[str], None] = print,
+        say: Callable[[Fact], None] = print,
     ) -> None:
         self._folder, self._say = folder, say
         self._facts = {
@@ -70,7 +73,7 @@ class CompileCache:
                 facts = {**self._facts, "jit_level": jit_level}
                 name = graph_digest(method.__self__, method.__name__, signature, facts)
             except Undeclared as reason:
-                self._say(f"note        --compile_cache: a graph is not kept: it holds {reason}")
+                self._say(("note", f"--compile_cache: a graph is not kept: it holds {reason}"))
                 outputs = function(*inputs)
             else:
                 with self._exchange(folder / f"{name}.mindir"):
@@ -91,7 +94,7 @@ class CompileCache:
             for graph in new:
                 write_file(stored, graph)
         except OSError as error:
-            self._say(f"note        --compile_cache: a graph is not kept: {error}")
+            self._say(("note", f"--compile_cache: a graph is not kept: {error}"))
 
 
 class _ProcessFolder:

@@ -16,14 +16,13 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from sdxl_host.config.load import load
-from sdxl_host.errors import ConfigError, HostError
+from sdxl_host.errors import ConfigError
 from sdxl_host.models.layers import Conv2d, Dense, sinusoids
 from sdxl_host.models.precision import LEVELS, apply_precision, is_half, set_precision
 from sdxl_host.models.unet import UNetModel
 from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.plugins.step_result import StepResult
 from sdxl_host.training import step as step_module
-from sdxl_host.training.observers import FiniteGuard
 from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.update_table import update_table
@@ -347,52 +346,6 @@ def test_state_round_trip():
     assert scale_and_age(second) == (32.0, 1)
     assert run(second.construct, make_inputs()).loss_scale == 32.0
     assert scale_and_age(second) == (32.0, 2)
-
-
-# ---- the guard
-
-
-def guarded(is_scaled: bool) -> tuple[Callable[[bool], None], dict[str, float]]:
-    """A guard as a function of whether a step was applied, and what it logs.
-
-    The second of two images has a loss that is not finite.
-    """
-    guard, logged = FiniteGuard(is_scaled), {}
-    noise: Any = SimpleNamespace(sigma=np.array([0.5, 2.0]))
-    observed: Any = SimpleNamespace(log=logged.__setitem__)
-
-    def see(applied: bool) -> None:
-        numbers = (1.0, [1.0, np.nan], np.inf, applied, 1e-3, 512.0)
-        outputs = tuple(Tensor(np.array(number)) for number in numbers)
-        guard.on_step_end(observed, StepResult(7, noise, np.ones(2), ["a.png", "b.png"], outputs))
-
-    return see, logged
-
-
-NOT_FINITE = r"^step 7: loss or gradients are not finite \(sigma 0\.5 to 2, images b\.png\)"
-
-
-def test_without_a_scale_the_first_skipped_step_ends_the_run():
-    see, logged = guarded(False)
-    see(True)
-    with pytest.raises(HostError, match=NOT_FINITE):
-        see(False)
-    assert logged == {}
-
-
-def test_with_a_scale_the_25th_skipped_step_in_a_row_ends_the_run():
-    """The largest scale, 2^24, is 1 after 24."""
-    see, logged = guarded(True)
-    for _ in range(2):
-        for _ in range(24):
-            see(False)
-            assert logged == {"loss_scale": 512.0, "skipped": True}
-        see(True)
-        assert logged == {"loss_scale": 512.0, "skipped": False}
-    for _ in range(24):
-        see(False)
-    with pytest.raises(HostError, match=NOT_FINITE):
-        see(False)
 
 
 # ---- the first stage
