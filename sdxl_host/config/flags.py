@@ -15,7 +15,7 @@ from sdxl_host.config.layers import OVERRIDE, Layers
 from sdxl_host.config.mindone import OLD_FLAGS
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.plugins.discovery import normalize
-from sdxl_host.plugins.selection import Selection
+from sdxl_host.plugins.selection_and_order import Selection
 from sdxl_host.settings.facts import Setting
 from sdxl_host.settings.options import first_line
 from sdxl_host.settings.schema import FLAGS, SETTINGS, UNBUILT

@@ -29,7 +29,7 @@ from sdxl_host.plugins.discovery import (
     Installed,
     entries,
 )
-from sdxl_host.plugins.selection import Selection
+from sdxl_host.plugins.selection_and_order import Selection
 from sdxl_host.settings.targets import is_known
 
 __all__ = ["GROUP", "adopt"]

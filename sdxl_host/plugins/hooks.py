@@ -23,7 +23,7 @@ from sdxl_host.plugins.chain import HookCall, Link
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed, make_instance
 from sdxl_host.plugins.roles import implementations
-from sdxl_host.plugins.selection import SelectedPlugin
+from sdxl_host.plugins.selection_and_order import SelectedPlugin
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,7 +26,7 @@ from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.plugins.discovery import Installed
 from sdxl_host.plugins.hooks import Hooks, Plugin
-from sdxl_host.plugins.selection import SelectedPlugin
+from sdxl_host.plugins.selection_and_order import SelectedPlugin
 from sdxl_host.training import data_sink
 from sdxl_host.training.build import make_trainer
 
