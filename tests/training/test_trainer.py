@@ -420,12 +420,14 @@ def test_a_plugin_that_stops_the_run_gets_a_checkpoint_of_that_step(
             assert len(result.sample_ids) == 2
             assert not result.skipped
             assert result.learning_rate > 0
+            if result.step == 1:
+                trainer.log("first", 1.0)
             if result.step == 2:
                 trainer.stop("seen enough")
 
     install("stopping", Stopping)
     run = train("--plugins", "stopping")
-    assert len(metrics(run)) == 2
+    assert ["first" in line for line in metrics(run)] == [True, False]
     assert (run / "checkpoints" / "latest").resolve().name == "step_00000002"
 
 
