@@ -133,7 +133,7 @@ def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     dataset, optimizer_notes = _other_sections(config)
     # Of one device: how many there will be is not known here.
     update = config.data.per_batch_size * config.train.gradient_accumulation_steps
-    checkpoint, _ = find_checkpoint(config, samples_of(update, dataset))
+    checkpoint, _ = find_checkpoint(config, samples_of(update, dataset), update)
     source = open_weight_setting(config.train.weight) if checkpoint is None else None
 
     hooks = make_hooks(config.plugins)

@@ -17,12 +17,21 @@ from sdxl_host.errors import ConfigError, did_you_mean
 __all__ = [
     "IDLE_PARAMS",
     "OLD_FLAGS",
+    "PLUGIN_TARGETS",
     "TARGETS",
     "drop_idle_params",
     "drop_idle_sections",
     "rename_targets",
     "weight_name",
 ]
+
+# Targets that a plugin stands for: only for the message that it is missing.
+PLUGIN_TARGETS = {
+    "EDMScaling": "edm",
+    "EDMWeighting": "edm",
+    "EDMSampling": "edm",
+    "EDMDiscretization": "edm",
+}
 
 _DIFFUSION = "gm.modules.diffusionmodules."
 _EMBEDDERS = "gm.modules.embedders.modules."

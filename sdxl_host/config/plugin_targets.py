@@ -21,10 +21,10 @@ from omegaconf import OmegaConf
 
 from sdxl_host.config.interpolation import as_written
 from sdxl_host.config.layers import Layers
+from sdxl_host.config.mindone import PLUGIN_TARGETS
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.plugins.discovery import (
     KNOWN_DISTRIBUTIONS,
-    TARGETS_OF_PLUGINS,
     Entry,
     Installed,
     entries,
@@ -66,10 +66,10 @@ def adopt(layers: Layers, selection: Selection) -> None:
     for node in foreign:
         if node.target in served:
             by_distribution.setdefault(served[node.target].distribution, []).append(node)
-        elif node.short in TARGETS_OF_PLUGINS:
+        elif node.short in PLUGIN_TARGETS:
             raise PluginError(
                 f"{node.place}.target: {node.target} needs a plugin that is not installed; "
-                f"pip install {KNOWN_DISTRIBUTIONS[TARGETS_OF_PLUGINS[node.short]]}"
+                f"pip install {KNOWN_DISTRIBUTIONS[PLUGIN_TARGETS[node.short]]}"
             )
     for distribution, adopted in by_distribution.items():
         plugin = _plugin_of(distribution, selection.installed)

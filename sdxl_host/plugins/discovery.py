@@ -41,19 +41,12 @@ HOST_DISTRIBUTION = "sdxl-host"
 RESERVED_NAMES = ("host", "train", "data", "model", "optim", "plugins", "none")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
-# Plugins that exist and the package to install for each, and the targets in a config that each of
-# them stands for: only for the message that one is missing.
+# Plugins that exist and the package to install for each: only for the message that one is missing.
 KNOWN_DISTRIBUTIONS = {
     "edm": "sdxl-edm",
     "lpw": "sdxl-lpw",
     "snr": "sdxl-snr",
     "timestep_bias": "sdxl-timestep-bias",
-}
-TARGETS_OF_PLUGINS = {
-    "EDMScaling": "edm",
-    "EDMWeighting": "edm",
-    "EDMSampling": "edm",
-    "EDMDiscretization": "edm",
 }
 
 

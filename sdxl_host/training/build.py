@@ -76,7 +76,9 @@ def make_trainer(
     )
     rank_size = config.data.per_batch_size * settings.gradient_accumulation_steps
     batch_size = rank_size * ranks.world_size
-    checkpoint, changes = find_checkpoint(config, summary.samples_of(batch_size, dataset))
+    checkpoint, changes = find_checkpoint(
+        config, summary.samples_of(batch_size, dataset), batch_size
+    )
     source = open_weight_setting(settings.weight) if checkpoint is None else None
     with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
         dataset.check(threads)

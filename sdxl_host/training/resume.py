@@ -23,11 +23,12 @@ __all__ = ["find_checkpoint"]
 
 
 def find_checkpoint(
-    config: RunConfig, samples: Mapping[str, Any]
+    config: RunConfig, samples: Mapping[str, Any], batch_size: int
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to continue from, or None, and how its settings differ from this run's.
 
-    samples: what decides which samples a step takes, as the checkpoint's record has it.
+    samples: what decides which samples a step takes, as the checkpoint's record has it. batch_size:
+    samples of an update.
     `train.resume` names it; so does `train.weight` where `train.resume_step` or
     `train.optimizer_weight` say that it is more than weights. Raises HostError for one that can't
     be resumed, and, unless `train.allow_changes`, for one of another run.
@@ -64,7 +65,10 @@ def find_checkpoint(
             f"run began with {started or 'untrained weights'}; leave --weight out"
         )
     saved, mine = _saved_settings(checkpoint, config), OmegaConf.to_container(config.tree)
-    differences = [*_differences(saved, mine), *_differences_of_length(saved, config)]
+    differences = [
+        *_differences(saved, mine, config),
+        *_differences_of_length(saved, config, batch_size),
+    ]
     there: Mapping[str, Any] = checkpoint.record["samples"]
     differences += [
         f"{what} {'is' if isinstance(here, int) else 'are'} {there[what]!r} there and {here!r} here"
@@ -121,15 +125,25 @@ def _paths(weight: str) -> list[Path]:
     return [Path(path.strip()).expanduser().resolve() for path in weight.split(",") if path.strip()]
 
 
-def _differences(saved: Any, mine: Any, key: str = "") -> Iterator[str]:
+def _differences(saved: Any, mine: Any, config: RunConfig, key: str = "") -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(mine, dict):
         for name in [*saved, *(name for name in mine if name not in saved)]:
             inside = f"{key}.{name}" if key else str(name)
-            yield from _differences(saved.get(name), mine.get(name), inside)
+            yield from _differences(saved.get(name), mine.get(name), config, inside)
         if key == "plugins" and list(saved) != list(mine):
             yield f"plugins in the order {', '.join(saved)} there and {', '.join(mine)} here"
-    elif saved != mine and not (key in SETTINGS and SETTINGS[key].may_differ):
+    elif saved != mine and not _may_differ(key, config):
         yield f"{key} is {saved!r} there and {mine!r} here"
+
+
+def _may_differ(key: str, config: RunConfig) -> bool:
+    """Whether a resumed run may have another value than it had before: the setting says so, or it
+    has no effect. Where it had one before, the setting that it needs differs, and that is named."""
+    setting = SETTINGS.get(key)
+    if setting is None:
+        return False
+    section = getattr(config, key.partition(".")[0])
+    return setting.may_differ or (setting.needs is not None and not setting.needs.met(section))
 
 
 def _saved_settings(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
@@ -149,8 +163,13 @@ def _saved_settings(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]
     return saved
 
 
-def _differences_of_length(saved: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
-    """Where the run has another length: the updates of both lengths that it makes others."""
+def _differences_of_length(
+    saved: Mapping[str, Any], config: RunConfig, batch_size: int
+) -> Iterator[str]:
+    """Where the run has another length: the first update whose numbers that changes.
+
+    batch_size: samples of an update, by which `scale_lr` multiplies the learning rate.
+    """
     there, here = saved["data"]["total_step"], config.data.total_step
     optim = OmegaConf.to_container(config.tree.optim)
     # Where more of it differs, that is named, and there is no saying what the length has changed.
@@ -158,7 +177,9 @@ def _differences_of_length(saved: Mapping[str, Any], config: RunConfig) -> Itera
         return
     tables = []
     for total in (there, here):
-        optimizer, rates = configured(config.optim, total)
+        optimizer, rates = configured(
+            config.optim, total, batch_size if config.train.scale_lr else 1
+        )
         tables.append(optimizer.table(rates)[: min(there, here)])
     changed = np.abs(tables[0] - tables[1])
     if changed.any():

@@ -1,7 +1,8 @@
 """One training step, compiled once for every objective: see `diffusion.objective`.
 
-The graph takes numbers only. Which plugins made them it can't know, so changing a plugin or its
-options never recompiles.
+The graph takes numbers only. It does not know which plugins made them, so changing a plugin that
+makes numbers, or its options, never recompiles. A plugin that changes the network, or the length of
+the context, has a graph of its own.
 """
 
 from __future__ import annotations
