@@ -46,8 +46,7 @@ def lines_of(fact: Any) -> list[str]:
 
 def details(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Rows that belong to the one above: their labels are indented, their texts are not."""
-    pairs = ((" " * _INDENT + label if label else "", text) for label, text in rows)
-    return [line for pair in pairs for line in lines_of(pair)]
+    return [line for label, text in rows for line in lines_of((" " * _INDENT + label, text))]
 
 
 def columns(rows: Sequence[Sequence[str]], alignment: str, indent: int = 0) -> list[str]:

@@ -130,9 +130,11 @@ def _check(flags: Flags, rest: Sequence[str]) -> None:
         if flags.config is not None:
             raise ConfigError("--config: a checkpoint has its own; leave it out")
         if rest:
+            name = rest[0].removeprefix("--").partition("=")[0]
+            near = did_you_mean(name, Flags.__dataclass_fields__)
             raise ConfigError(
-                f"{rest[0]}: not understood; with --checkpoint the model's settings are its own "
-                "(sdxl-host sample --help lists what may be given)"
+                f"{rest[0]}: not understood{near}; with --checkpoint the model's settings are "
+                "those it was trained with (sdxl-host sample --help lists what may be given)"
             )
     elif flags.use_ema is not None:
         raise ConfigError(

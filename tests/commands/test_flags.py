@@ -132,6 +132,9 @@ def test_help_shows_arguments_types_help_and_defaults() -> None:
     rows = dict(flag_rows(Flags))
     assert rows["--number_of int"] == "a count [3]"
     assert rows["--is_on bool"] == "a switch [False]"
-    assert rows["--kind one of one, two"] == "which"  # no default to show
+    # Nothing that is left out has a default to show.
+    assert rows["--kind one of one, two"] == "which"
+    assert rows["--word str"] == "a word"
+    assert rows["--item list[str]"] == "given once for each"
     assert all(term in text for term in rows)
     assert OPEN.help().startswith("usage: sdxl-host try [arguments of sdxl-host train] [--flag")

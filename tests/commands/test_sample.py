@@ -279,7 +279,7 @@ def test_plugins_are_given_to_weights_as_to_training(edm: Path, tmp_path: Path, 
         ),
         (["--checkpoint", "n", "--prompt", "x", "--out", "a.jpg"], "must end with .png"),
         (["--checkpoint", "n", "--prompt", "x", "--out", "file/a.png"], "can't be written"),
-        (["--checkpoint", "n", "--prompt", "x", "--stepz", "1"], "--stepz"),
+        (["--checkpoint", "n", "--prompt", "x", "--stepz", "1"], "(did you mean steps?)"),
     ],
 )
 def test_bad_input_is_one_clear_line(
