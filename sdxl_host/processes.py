@@ -27,8 +27,8 @@ _MARK = "sdxl-host finds "  # what begins a child's line that is meant for its p
 class Child:
     """How a process went.
 
-    records: what it told. end: how it ended where that was not well, else "". last: the last line
-    it wrote to standard error. is_late: it was ended because it took too long.
+    records: what it reported. end: how it ended where that was not well, else "". last: the last
+    line it wrote to standard error. is_late: it was ended because it took too long.
     """
 
     records: Sequence[dict[str, Any]]
@@ -38,7 +38,7 @@ class Child:
 
     @property
     def cause(self) -> str:
-        """How it ended, with the last thing it said."""
+        """How it ended, with the last line it wrote."""
         return f"{self.end}, saying: {self.last}" if self.last else self.end
 
 
@@ -73,10 +73,10 @@ def run_child(
             with suppress(ProcessLookupError):  # where nothing of it is left
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        told, said = _text(out), _text(err)
+        output, errors = _text(out), _text(err)
     # Whole lines only: a process may end within one.
-    records = [json.loads(line) for line in re.findall(f"^{_MARK}(.*)\n", told, re.MULTILINE)]
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    records = [json.loads(line) for line in re.findall(f"^{_MARK}(.*)\n", output, re.MULTILINE)]
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     return Child(records, end, lines[-1] if lines else "", is_late)
 
 
@@ -102,6 +102,6 @@ def _ending(code: int) -> str:
 
 
 def tell(**record: Any) -> None:
-    """In a child: tells the parent. What JSON does not know is told as its text."""
+    """In a child: reports to the parent. What JSON does not know is sent as its text."""
     # Not sys.stdout, which other code may have replaced.
     print(f"\n{_MARK}{json.dumps(record, default=str)}", file=sys.__stdout__, flush=True)

@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 from sdxl_host.config.interpolation import as_written, refuse_resolvers
 from sdxl_host.errors import ConfigError
 from sdxl_host.settings.options import first_line
-from sdxl_host.settings.schema import SETTINGS
 
 __all__ = ["OVERRIDE", "Layers", "Place", "leaves", "place_of"]
 
@@ -32,10 +31,9 @@ class Layers:
 
     def __init__(self, tree: DictConfig, file: str) -> None:
         self.tree = tree
-        # A run writes every key of `train`, a person only those that are meant.
-        self.file_is_a_runs = {f"train.{name}" for name in tree.get("train") or ()} >= {
-            key for key in SETTINGS if key.startswith("train.")
-        }
+        # Both are of one start, so only a run writes them down. Not every setting is asked for: an
+        # older run lacks those that were added since.
+        self.file_is_a_runs = {"resume", "allow_changes"} <= set(tree.get("train") or ())
         self.origins: dict[Place, str] = dict.fromkeys(leaves(as_written(tree)), file)
         for name in tree.get("plugins") or ():
             self.select(name, file)

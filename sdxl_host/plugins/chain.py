@@ -110,7 +110,7 @@ class HookCall(Generic[Answer]):
         else:
             raise self._fault(
                 plugin, f" yields twice on {self.hook}; a wrapper has one `result = yield`"
-            )
+            ) from thrown
         if answer is None:
             raise self._fault(
                 plugin,

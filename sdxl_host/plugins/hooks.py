@@ -182,17 +182,13 @@ class Hooks:
         does not change the state that the run goes on with.
 
         A copy, not a new object, because what `build_model` and `load_state_dict` left in the
-        object counts, and `build_model` is called once a run. An object that cannot be copied,
-        such as one that holds a file or a lock, is made anew from the plugin's options.
+        object counts, and `build_model` is called once a run. Attributes that can't be copied,
+        such as a lock or an open file, are shared with the run's object.
         """
-        plugins = []
-        for plugin in self.plugins:
-            try:
-                instance = copy.deepcopy(plugin.instance)
-            except Exception:
-                cls = type(plugin.instance)
-                instance = make_instance(plugin.installed, cls, plugin.options)
-            plugins.append(Plugin(plugin.installed, plugin.options, instance))
+        plugins = [
+            Plugin(plugin.installed, plugin.options, _copied(plugin.instance))
+            for plugin in self.plugins
+        ]
         return Hooks(self._defaults, plugins)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -262,3 +258,21 @@ class Hooks:
                 raise PluginError(f"plugin {plugin.installed}: {error}") from error
         manager.check_pending()
         return manager
+
+
+def _copied(instance: Any) -> Any:
+    """A deep copy, in which only the attributes that can't be copied are the object's."""
+    try:
+        return copy.deepcopy(instance)
+    except Exception:
+        copied = copy.copy(instance)
+    # One memo, so that an object that two attributes hold stays one object.
+    memo: dict[int, Any] = {id(instance): copied}
+    for name, value in getattr(instance, "__dict__", {}).items():
+        before = dict(memo)
+        try:
+            vars(copied)[name] = copy.deepcopy(value, memo)
+        except Exception:
+            memo.clear()  # of what was half copied
+            memo.update(before)
+    return copied

@@ -124,10 +124,10 @@ def _ask_child(plugin: Installed, everything: bool) -> dict[str, Any]:
 def answer(text: str) -> None:
     """In the child: tells what is asked for in `text`, as JSON, and ends Python."""
     try:
-        told = _answer(json.loads(text))
+        record = _answer(json.loads(text))
     except HostError as error:
-        told = {"error": str(error)}
-    tell(**told)
+        record = {"error": str(error)}
+    tell(**record)
     os._exit(0)  # threads that the plugin has started end here too
 
 
@@ -179,9 +179,9 @@ def check_options(plugin: Installed, cls: type, values: Mapping[str, Any] | None
         one, other = schema(), schema()
         build_options(schema, {}, where)
     except Exception as error:
-        told = first_line(error) if isinstance(error, HostError) else one_line(error)
+        reason = first_line(error) if isinstance(error, HostError) else one_line(error)
         raise PluginError(
-            f"plugin {plugin}: its Options can't be made from their defaults: {told}; mend the "
+            f"plugin {plugin}: its Options can't be made from their defaults: {reason}; mend the "
             "default or the type (int, float, bool, str, Literal, list, dict, or one of them | "
             "None)"
         ) from error

@@ -155,7 +155,14 @@ def make_trainer(
         intervals = settings.log_interval, settings.save_ckpt_interval
         observers += [
             Metrics(metrics, *intervals, resumed_step=state.step, total=total),
-            Progress(state.step + 1, total, batch_size, settings.ms_mode == 0, say),
+            Progress(
+                state.step + 1,
+                total,
+                batch_size,
+                settings.ms_mode == 0,
+                say,
+                settings.sink_size if settings.data_sink else 1,
+            ),
             checkpoints,
             grids,
         ]

@@ -2,7 +2,7 @@
 
     ema_k = ema_{k-1} + (1 - d_k) (weight_k - ema_{k-1}),   d_k = min(ema_decay, (1 + k) / (10 + k))
 
-with k = 0, 1, ... the number of updates applied before. An average over few updates forgets faster,
+with k = 0, 1, ... the number of updates applied before. An EMA of few updates forgets faster,
 so the first weights, which are random, do not stay in it.
 """
 
@@ -16,12 +16,12 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 __all__ = ["EMA", "ema_shares"]
 
-_average = ops.MultitypeFuncGraph("average")
+_move = ops.MultitypeFuncGraph("move")
 
 
-@_average.register("Tensor", "Tensor", "Tensor")
-def _average_one(share, average, weight):
-    return ops.assign_add(average, share * (weight - average))
+@_move.register("Tensor", "Tensor", "Tensor")
+def _move_one(share, ema, weight):
+    return ops.assign_add(ema, share * (weight - ema))
 
 
 def ema_shares(ema_decay: float, updates: int) -> np.ndarray:
@@ -31,7 +31,7 @@ def ema_shares(ema_decay: float, updates: int) -> np.ndarray:
 
 
 class EMA(nn.Cell):
-    """The moving average of each of `parameters`, in float32; it begins with their first values.
+    """The EMA of each of `parameters`, in float32; it begins with their first values.
 
     weights: what holds each parameter's value in float32, in the same order; see `TrainStep`.
     """
@@ -39,7 +39,7 @@ class EMA(nn.Cell):
     def __init__(self, parameters: Sequence[Parameter], weights: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
-        self.averages = ParameterTuple(
+        self.ema = ParameterTuple(
             [
                 Parameter(Tensor(weight.asnumpy().copy()), f"ema.{p.name}", requires_grad=False)
                 for p, weight in zip(parameters, weights, strict=True)
@@ -48,21 +48,21 @@ class EMA(nn.Cell):
         self.map = ops.HyperMap()
 
     def construct(self, share, weights):
-        """Moves every average by `share`, a float32 scalar, of the way to its weight."""
-        return self.map(ops.partial(_average, share), self.averages, weights)
+        """Moves every EMA by `share`, a float32 scalar, of the way to its weight."""
+        return self.map(ops.partial(_move, share), self.ema, weights)
 
     def values(self) -> Mapping[int, Parameter]:
-        """Each trained parameter's average, by the parameter's `id`."""
-        return {id(p): average for p, average in zip(self.parameters, self.averages, strict=True)}
+        """Each trained parameter's EMA, by the parameter's `id`."""
+        return {id(p): ema for p, ema in zip(self.parameters, self.ema, strict=True)}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the network computes with the averages; afterwards with its weights again."""
+        """Inside, the network computes with the EMA; afterwards with its weights again."""
         weights = [parameter.asnumpy().copy() for parameter in self.parameters]
         try:
-            for parameter, average in zip(self.parameters, self.averages, strict=True):
+            for parameter, ema in zip(self.parameters, self.ema, strict=True):
                 # Assigned, because a compiled graph does not see `set_data`.
-                ops.assign(parameter, average.astype(parameter.dtype))
+                ops.assign(parameter, ema.astype(parameter.dtype))
             yield
         finally:
             for parameter, weight in zip(self.parameters, weights, strict=True):

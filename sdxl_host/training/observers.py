@@ -224,16 +224,24 @@ class Progress(Observer):
     """A bar on a terminal, about twenty plain lines elsewhere.
 
     first, total: steps. batch: samples of one. is_compiled: whether the first step compiles.
+    call: steps in a call, which are observed at once when it ends.
     """
 
     def __init__(
-        self, first: int, total: int, batch: int, is_compiled: bool, say: Callable[[str], None]
+        self,
+        first: int,
+        total: int,
+        batch: int,
+        is_compiled: bool,
+        say: Callable[[str], None],
+        call: int = 1,
     ) -> None:
         self._first = first
         self._total = total
         self._batch = batch
         self._is_compiled = is_compiled
         self._say = say
+        self._call = call
         self._every = max(1, (total - first + 1) // 20)
         self._started: float | None = None
         self._losses: list[float] = []
@@ -253,13 +261,14 @@ class Progress(Observer):
     def on_step_end(self, trainer: RunView, result: StepResult) -> None:
         """Shows loss (mean of the steps since the last line), learning rate, speed, time left."""
         now = time.monotonic()
-        # The first step compiles; the speed is that of the steps after it.
+        # The first call compiles; the speed is that of the calls after it, each as a whole.
         self._started = self._started or now
         made = result.step - self._first
+        later_calls = made // self._call
         self._losses.append(result.loss)
-        speed = made * self._batch / max(now - self._started, 1e-9)
+        speed = later_calls * self._call * self._batch / max(now - self._started, 1e-9)
         if self._bar is not None:
-            shown = f"{speed:.1f}" if made else "-"
+            shown = f"{speed:.1f}" if later_calls else "-"
             self._bar.set_postfix_str(
                 f"loss {np.mean(self._losses[-20:]):.4f}, lr {result.learning_rate:.2e}, "
                 f"{shown} images/s"
@@ -268,7 +277,7 @@ class Progress(Observer):
             return
         if made % self._every and result.step != self._total:
             return
-        left = (self._total - result.step) * self._batch / speed if made else None
+        left = (self._total - result.step) * self._batch / speed if later_calls else None
         tail = "compiled" if self._is_compiled else "eager"
         if left is not None:
             tail = f"{speed:.1f} images/s, {_clock(left)} left"

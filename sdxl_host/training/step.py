@@ -92,8 +92,8 @@ class TrainStep(nn.Cell):
     network: F(x, c_noise, context, vector, mask). parameters: those of it that are trained.
     loss_scale: what the loss is first multiplied by, so that gradients in float16 do not vanish;
     it is halved when they overflow and doubled after 2000 updates without (Micikevicius et al.
-    2018). None: no scaling. batches: how many make an update, of one size each. has_ema: whether a
-    moving average of the weights is kept. float32: values of parameters kept in 16 bits, by the
+    2018). None: no scaling. batches: how many make an update, of one size each. has_ema: whether
+    an EMA of the weights is kept. float32: values of parameters kept in 16 bits, by the
     parameter's `id`: their copies are what is updated. ranks: how many devices share an update.
     rows: how many rows of the update table the device holds at a time, at least the steps of a
     call.
@@ -295,7 +295,7 @@ class TrainStep(nn.Cell):
         return {id(p): value for p, value in zip(self.parameters, self.weights, strict=True)}
 
     def ema_values(self) -> Mapping[int, Parameter]:
-        """Each trained parameter's moving average, by the parameter's `id`; empty without any."""
+        """Each trained parameter's EMA, by the parameter's `id`; empty without any."""
         return {} if self.ema is None else self.ema.values()
 
     def state_parameters(self) -> list[Parameter]:

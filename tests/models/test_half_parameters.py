@@ -86,7 +86,7 @@ def values(parameters: Any) -> dict[str, np.ndarray]:
 def test_updates_are_made_on_float32_copies(eager: bool) -> None:
     """Steps of 1e-5 from weights around 1, of which float16 knows three digits: its own rounding
     would lose every one. After 30 the copies are where float32 weights are, the parameters are the
-    copies rounded, and the averages are of the copies."""
+    copies rounded, and the EMA is of the copies."""
     (half, network), (full, _) = make(True), make(False)
     begun = values(half.weights)
     table = update_table(AdamW(weight_decay=0.0), np.full(50, 1e-5), ema_decay=0.9999)
@@ -102,8 +102,8 @@ def test_updates_are_made_on_float32_copies(eager: bool) -> None:
         assert difference.max() <= 0.1 * moved.max(), copy.name
         rounded = copy.asnumpy().astype(parameter.asnumpy().dtype)
         assert rounded.tobytes() == parameter.asnumpy().tobytes()
-        average = values(half.ema.averages)[f"ema.{parameter.name}"]
-        assert (np.abs(average - copies[copy.name]) <= moved + 1e-6).all()
+        ema = values(half.ema.ema)[f"ema.{parameter.name}"]
+        assert (np.abs(ema - copies[copy.name]) <= moved + 1e-6).all()
     halves = {p.name for p in network.get_parameters() if p.dtype == ms.float16}
     assert halves == {p.name for p in network.get_parameters()} - {"norm.gamma", "norm.beta"}
 

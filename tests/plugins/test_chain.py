@@ -351,4 +351,6 @@ def test_a_wrapper_that_is_none_is_refused_by_name(method, text):
 
 def test_a_second_yield_after_an_error_is_refused_too():
     one, two = claiming(raising(KeyError())), made(yields_twice_after_an_error, wrapper=True)
-    assert "plugin two (dist-two 2.1) yields twice" in refusal(hooks_of(one=one, two=two))
+    with pytest.raises(PluginError, match=r"plugin two \(dist-two 2\.1\) yields twice") as refused:
+        call(hooks_of(one=one, two=two), "weight_loss")
+    assert "plugin one" in str(refused.value.__cause__)

@@ -214,17 +214,27 @@ def test_asking_a_copy_leaves_the_runs_plugins_as_they_are():
     assert copied.model is original.model is model
 
 
-def test_what_cannot_be_copied_is_made_anew():
+def test_an_attribute_that_cannot_be_copied_is_shared_and_the_others_are_copied():
+    """The copy has seen `build_model`, and asking it changes nothing of the run's."""
+
     class Locked(Counter):
         def __init__(self) -> None:
             super().__init__()
             self.lock = threading.Lock()
 
+            self.seen = self.also_seen = []
+            self.guarded = self.also_guarded = [1, self.lock]
+
     hooks = hooks_of(one=Locked())
-    hooks.plugins[0].instance.steps = 5
-    asked = hooks.copy()
-    assert asked.state_dict() == {"one": {"steps": 0}}
-    assert asked.plugins[0].instance is not hooks.plugins[0].instance
+    model = hooks.build_model(None)
+    hooks.load_state_dict({"one": {"steps": 5}})
+    asked, noise = hooks.copy(), SimpleNamespace(sigma=np.ones(2))
+    asked.weight_loss(model, noise, 1)  # type: ignore[arg-type]
+    original, copied = hooks.plugins[0].instance, asked.plugins[0].instance
+    assert (original.steps, copied.steps) == (5, 6)
+    assert (copied.models, copied.model, copied.lock) == (1, model, original.lock)
+    assert copied.guarded is copied.also_guarded is original.guarded
+    assert copied.seen is copied.also_seen is not original.seen
 
 
 # ---- the model that adapters change

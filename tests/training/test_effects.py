@@ -313,16 +313,16 @@ def test_the_ema_is_kept_and_drawn_from(run: Callable[..., Run], plain: Run) -> 
     from sdxl_host.sampling.load import restore_sampler
 
     found = run("--use_ema=True", "--save_ckpt_interval=1")
-    weights, averages = found.arrays("network.safetensors"), found.arrays("ema.safetensors")
+    weights, ema = found.arrays("network.safetensors"), found.arrays("ema.safetensors")
     assert_close(weights, plain.arrays("network.safetensors"), atol=0)
     earlier = found.arrays("ema.safetensors", "step_00000002")
     decay = 3 / 12  # (1 + k) / (10 + k) of the third update
     expected = {n: decay * earlier[n] + (1 - decay) * weights[n] for n in weights}
-    assert_close(averages, expected, atol=1e-6)
-    assert (averages[BIAS] != weights[BIAS]).any()
-    np.testing.assert_array_equal(found.grids[-1]["bias"], averages[BIAS])
+    assert_close(ema, expected, atol=1e-6)
+    assert (ema[BIAS] != weights[BIAS]).any()
+    np.testing.assert_array_equal(found.grids[-1]["bias"], ema[BIAS])
     latest = found.folder / "checkpoints" / "latest"
-    for use_ema, drawn in ((True, averages), (None, averages), (False, weights)):
+    for use_ema, drawn in ((True, ema), (None, ema), (False, weights)):
         sampler, _ = restore_sampler(latest, use_ema)
         parameters = {p.name: p.asnumpy() for p in sampler.model.network.get_parameters()}
         np.testing.assert_array_equal(parameters[bias_of(parameters)], drawn[BIAS])
@@ -337,7 +337,7 @@ def bias_of(names: Any) -> str:
     return next(name for name in names if name.endswith("out.2.bias"))
 
 
-def test_an_average_that_forgets_at_once_is_the_weights(run: Callable[..., Run]) -> None:
+def test_an_ema_that_forgets_at_once_is_the_weights(run: Callable[..., Run]) -> None:
     found = run("--use_ema", "--ema_decay=0", "--total_step=2")
     assert_close(found.arrays("ema.safetensors"), found.arrays("network.safetensors"), atol=1e-6)
     with pytest.raises(ConfigError, match=r"^train\.ema_decay: 1\.5 is out of range"):

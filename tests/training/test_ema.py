@@ -1,4 +1,4 @@
-"""EMA: its formula, and drawing from it. The compiled average is in test_optimizer_parity.py."""
+"""EMA: its formula, and drawing from it. The compiled update is in test_optimizer_parity.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_shares(decay: float) -> None:
 
 
 def make() -> tuple[nn.Dense, EMA]:
-    """A layer with weights in 16 bits, whose values in float32 are the ones averaged."""
+    """A layer with weights in 16 bits, whose values in float32 are the ones in the EMA."""
     layer = nn.Dense(2, 2, has_bias=False)
     layer.weight.set_data(Tensor(np.full((2, 2), 3.0, np.float32)))
     layer.weight.set_dtype(ms.float16)
@@ -32,12 +32,12 @@ def make() -> tuple[nn.Dense, EMA]:
 
 def test_it_begins_with_the_weights_in_float32_and_is_named_after_them() -> None:
     layer, ema = make()
-    (average,) = ema.averages
-    assert average.name == f"ema.{layer.weight.name}"
-    assert average.dtype == ms.float32
-    assert not average.requires_grad
-    assert (average.asnumpy() == 1.25).all()
-    assert ema.values() == {id(layer.weight): average}
+    (parameter,) = ema.ema
+    assert parameter.name == f"ema.{layer.weight.name}"
+    assert parameter.dtype == ms.float32
+    assert not parameter.requires_grad
+    assert (parameter.asnumpy() == 1.25).all()
+    assert ema.values() == {id(layer.weight): parameter}
 
 
 def test_inside_the_network_computes_with_it_and_afterwards_with_its_weights() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sdxl_host.errors import HostError
+from sdxl_host.training import observers
 from sdxl_host.training.distributed import Ranks
-from sdxl_host.training.observers import FiniteGuard, SharedStop
+from sdxl_host.training.observers import FiniteGuard, Progress, SharedStop
 from sdxl_host.training.signals import Interruption
 from sdxl_host.training.state import RunState
 from sdxl_host.training.summary import end_facts
@@ -110,3 +111,17 @@ def test_a_run_can_go_on_only_where_steps_are_left(tmp_path: Path) -> None:
     assert "--weight c" in lines()
     run.is_interrupted = False
     assert "--weight" not in lines()
+
+
+def test_the_speed_is_that_of_whole_calls_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three calls of four steps, which end at 100, 108 and 116 s: 4 steps of 3 images in 8 s."""
+    clock, lines = [0.0], []
+    monkeypatch.setattr(observers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(observers.sys.stderr, "isatty", lambda: False)
+    progress = Progress(5, 16, 3, True, lines.append, call=4)
+    for step in range(5, 17):
+        clock[0] = 100 + (step - 5) // 4 * 8.0
+        result: Any = SimpleNamespace(step=step, loss=1.0, learning_rate=1e-3)
+        progress.on_step_end(Run(), result)  # type: ignore[arg-type]
+    assert [line.endswith("compiled") for line in lines] == [True] * 4 + [False] * 8
+    assert all("  1.5 images/s, " in line for line in lines[4:])

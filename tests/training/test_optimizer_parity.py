@@ -109,7 +109,7 @@ class Driver:
         """The parameters, or what the step keeps beside them ("ema.", "adam_m."), in float64."""
         kept: Any = {"": self.step.parameters, "adam_m.": self.step.moments1}
         if self.step.ema is not None:
-            kept["ema."] = self.step.ema.averages
+            kept["ema."] = self.step.ema.ema
         pairs = zip(self.names, kept[prefix], strict=True)
         return {name: parameter.asnumpy().astype(np.float64) for name, parameter in pairs}
 
@@ -259,18 +259,18 @@ def test_accumulating_is_the_update_of_the_whole_gradient(limit):
 
 
 def closed_form(start: np.ndarray, weights: Sequence[np.ndarray], decay: float) -> np.ndarray:
-    """The average after updates to these weights, as a sum: the i-th enters with 1 - d_i and is
+    """The EMA after updates to these weights, as a sum: the i-th enters with 1 - d_i and is
     kept by every later d_j, and so is the start by all."""
     d = [min(decay, (1 + k) / (10 + k)) for k in range(len(weights))]
-    average = math.prod(d) * start
+    ema = math.prod(d) * start
     for i, value in enumerate(weights):
-        average = average + (1 - d[i]) * math.prod(d[i + 1 :]) * value
-    return average
+        ema = ema + (1 - d[i]) * math.prod(d[i + 1 :]) * value
+    return ema
 
 
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("decay", [0.8, 0.9999])
-def test_fifty_updates_of_the_moving_average(decay, batches):
+def test_fifty_updates_of_the_ema(decay, batches):
     """In float64 from the weights of each update that was applied; (1 + k) / (10 + k) is below
     0.8 until k = 35. What was skipped, with a gradient that is not a number, has no part in it."""
     start = random_arrays(0)
@@ -300,7 +300,7 @@ def test_fifty_updates_of_the_moving_average(decay, batches):
     assert driver.step.state()["applied"] == len(applied)
 
 
-def test_the_average_is_not_what_is_trained():
+def test_the_ema_is_not_what_is_trained():
     """With and without it the weights are the same, bit for bit."""
     ends = []
     for ema_decay in (None, 0.5):
