@@ -11,6 +11,7 @@ from sdxl_host.commands.flags import Command
 from sdxl_host.commands.printer import show
 from sdxl_host.errors import ConfigError, DataError
 from sdxl_host.settings.options import option
+from sdxl_host.settings.schema import MAX_SEED
 
 if TYPE_CHECKING:
     from sdxl_host.sampling.pipeline import ImageSampler
@@ -36,7 +37,7 @@ class Flags:
     guidance_scale: float = option(5.0, help="1: no guidance", minimum=0.0)
     sampler: str = option("auto", help="euler, euler_a, heun or dpmpp_2m; auto: the model's own")
     spacing: str = option("auto", help="trailing, karras or edm; auto: the model's own")
-    seed: int = option(42, help="seed of the noise", minimum=0)
+    seed: int = option(42, help="seed of the noise", minimum=0, maximum=MAX_SEED)
     size: str | None = option(
         None, help="HxW, height and width of an image [what the model was trained on]"
     )

@@ -14,6 +14,7 @@ from sdxl_host.settings.facts import Needs, Setting, setting, settings_of
 
 __all__ = [
     "FLAGS",
+    "MAX_SEED",
     "SCHEMAS",
     "SETTINGS",
     "UNBUILT",
@@ -22,6 +23,8 @@ __all__ = [
     "TrainSettings",
     "UnbuiltSettings",
 ]
+
+MAX_SEED = 2**64 - 1  # the key of the random numbers has 64 bits for it
 
 _COMPILED = Needs(lambda train: train.ms_mode == 0, "ms_mode 1 compiles nothing", "use --ms_mode 0")
 
@@ -38,7 +41,7 @@ class TrainSettings:
         path="weights",
     )
     seed: int = setting(
-        42, help="seed of all randomness", minimum=0, maximum=2**64 - 1, touches="numbers"
+        42, help="seed of all randomness", minimum=0, maximum=MAX_SEED, touches="numbers"
     )
     save_path: str = setting(
         "./runs",

@@ -273,6 +273,7 @@ def test_plugins_are_given_to_weights_as_to_training(edm: Path, tmp_path: Path, 
             "--steps: 0 is out of range",
         ),
         (["--checkpoint", "n", "--prompt", "x", "--seed", "-1"], "--seed: -1 is out of range"),
+        (["--checkpoint", "n", "--prompt", "x", "--seed", str(2**64)], f"--seed: {2**64} is out"),
         (
             ["--checkpoint", "n", "--prompt", "x", "--guidance_scale", "nan"],
             "--guidance_scale: nan",
