@@ -39,10 +39,19 @@ PUBLIC_NAMES = [
 ]
 
 TESTING_NAMES = [
+    "SAMPLERS",
+    "HostError",
     "PluginContract",
+    "TinyHooks",
     "TinyRun",
+    "coefficients",
+    "denoise",
+    "make_options",
     "noise_levels",
+    "sample",
+    "sampling_sigmas",
     "tiny_encoders",
+    "tiny_hooks",
     "tiny_model",
     "tiny_run",
 ]

@@ -70,10 +70,10 @@ def test_build_model_is_called_once_a_run(site: Any, tmp_path: Path) -> None:
     assert '"build_model": 1' in last
     assert '"sample_timesteps": 2' in last
     assert '"weight_loss": 2' in last
-    assert "note        counting: asked 2, weighed 1" in run.lines
+    assert "note: counting: asked 2, weighed 1" in run.lines
     # The copy of a resumed run goes on from the checkpoint's state.
     resumed = tiny_run(["counting"], folder=tmp_path / "more", steps=3, resume=run.checkpoint)
-    assert "note        counting: asked 2, weighed 3" in resumed.lines
+    assert "note: counting: asked 2, weighed 3" in resumed.lines
     assert sys.modules[module].CALLS["build_model"] == 2
 
 
