@@ -41,9 +41,7 @@ def make_case(golden: Path, fill: Callable) -> Callable[[str], Case]:
             if key.startswith(f"{name}_")
         }
         ddconfig = json.loads(str(arrays["ddconfig"]))
-        del ddconfig[
-            "resolution"
-        ]  # see `config.mindone`
+        del ddconfig["resolution"]  # see `config.mindone`
         params = {"ddconfig": ddconfig, "embed_dim": int(everything["embed_dim"])}
         first_stage = build(
             {"target": "sdxl_host.AutoencoderKL", "params": params},
