@@ -9,6 +9,7 @@ of what it is made of.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import platform
@@ -104,8 +105,9 @@ class _ProcessFolder:
     """
 
     def __init__(self, rank: int) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="sdxl-host-graphs-")
-        self._folder = Path(self._temporary.name) / f"rank_{rank}" / "graph_cache"
+        self._root = tempfile.mkdtemp(prefix="sdxl-host-graphs-")
+        atexit.register(shutil.rmtree, self._root, ignore_errors=True)
+        self._folder = Path(self._root) / f"rank_{rank}" / "graph_cache"
         self._folder.mkdir(parents=True)
         self._next = 0
 
@@ -113,15 +115,17 @@ class _ProcessFolder:
     def compiling(self, graph: Path | None) -> Iterator[list[bytes]]:
         """Inside, one graph is compiled, or read from the file `graph`; what is yielded then holds
         it afterwards if it has been compiled."""
-        place = self._folder / f"compile_cache_{self._next}.mindir"
         if graph is not None:
-            shutil.copyfile(graph, place)
+            # Where msrun has started the process, MindSpore puts its role before the name.
+            for role in {"", os.environ.get("MS_ROLE", "")}:
+                name = f"{role}compile_cache_{self._next}.mindir"
+                shutil.copyfile(graph, self._folder / name)
         before = _written(self._folder)
         new: list[bytes] = []
         try:
             with _environment(
                 MS_COMPILER_CACHE_ENABLE="1",
-                MS_COMPILER_CACHE_PATH=self._temporary.name,
+                MS_COMPILER_CACHE_PATH=self._root,
                 # Without it MindSpore compares the scripts' imports, and reads nothing more in this
                 # process once they differ; the digest covers them.
                 MS_DEV_FORCE_USE_COMPILE_CACHE="1",
@@ -132,8 +136,9 @@ class _ProcessFolder:
             ]
             if len(changed) == 1:
                 new.append(changed[0].read_bytes())
-            last = changed[-1] if changed else place
-            self._next = int(last.stem.rpartition("_")[2]) + 1
+            if changed:
+                self._next = int(changed[-1].stem.rpartition("_")[2])
+            self._next += 1
         finally:
             for file in _written(self._folder):
                 file.unlink()
@@ -147,7 +152,7 @@ def _process_folder(rank: int) -> _ProcessFolder:
 
 def _written(folder: Path) -> dict[Path, tuple[int, int]]:
     """When each graph was written, and which file it is."""
-    found = {file: file.stat() for file in sorted(folder.glob("compile_cache_*.mindir"))}
+    found = {file: file.stat() for file in sorted(folder.glob("*compile_cache_*.mindir"))}
     return {file: (status.st_mtime_ns, status.st_ino) for file, status in found.items()}
 
 

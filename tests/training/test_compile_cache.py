@@ -142,6 +142,28 @@ def test_a_graph_that_is_not_taken_is_there_for_no_other(tmp_path: Path) -> None
     assert len(written(tmp_path)) == 2
 
 
+def test_a_rank_s_graph_has_its_role_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MindSpore reads and writes `MS_WORKERcompile_cache_0.mindir` where msrun has started it."""
+    folder, graph = compile_cache._ProcessFolder(1), tmp_path / "graph"
+    graph.write_bytes(b"graph")
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+
+    def place(number: int) -> Path:
+        root = Path(os.environ["MS_COMPILER_CACHE_PATH"])
+        return root / "rank_1" / "graph_cache" / f"MS_WORKERcompile_cache_{number}.mindir"
+
+    with folder.compiling(graph) as new:
+        assert place(0).read_bytes() == b"graph"
+    assert new == []
+    with folder.compiling(None) as new:
+        place(1).write_bytes(b"another")
+    assert new == [b"another"]
+    with folder.compiling(graph):
+        assert place(2).read_bytes() == b"graph"
+
+
 # ---- whole runs
 
 NETWORK = "model.params.network_config.params"
