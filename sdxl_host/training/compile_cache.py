@@ -115,6 +115,7 @@ class _ProcessFolder:
     def compiling(self, graph: Path | None) -> Iterator[list[bytes]]:
         """Inside, one graph is compiled, or read from the file `graph`; what is yielded then holds
         it afterwards if it has been compiled."""
+        self._empty()
         if graph is not None:
             # Where msrun has started the process, MindSpore puts its role before the name.
             for role in {"", os.environ.get("MS_ROLE", "")}:
@@ -136,12 +137,15 @@ class _ProcessFolder:
             ]
             if len(changed) == 1:
                 new.append(changed[0].read_bytes())
-            if changed:
+            if changed:  # another number where something else in this process was compiled too
                 self._next = int(changed[-1].stem.rpartition("_")[2])
             self._next += 1
         finally:
-            for file in _written(self._folder):
-                file.unlink()
+            self._empty()
+
+    def _empty(self) -> None:
+        for file in _written(self._folder):
+            file.unlink()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
@@ -142,6 +143,27 @@ def test_a_graph_that_is_not_taken_is_there_for_no_other(tmp_path: Path) -> None
     assert len(written(tmp_path)) == 2
 
 
+def test_what_is_compiled_beside_it_shifts_the_names_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the user has set MindSpore's own variable."""
+
+    def again() -> dict[str, int]:
+        line = Line(9.0)
+        assert (
+            CompileCache(tmp_path).compiled(line.construct)(ONES).asnumpy().tolist() == [19.0] * 3
+        )
+        return written(tmp_path)
+
+    again()
+    with monkeypatch.context() as patch:
+        patch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+        assert ms.jit(Line(9.5).construct)(ONES).asnumpy().tolist() == [19.5] * 3
+    kept = again()
+    assert len(kept) == 1
+    assert again() == kept
+
+
 def test_a_rank_s_graph_has_its_role_before_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +184,10 @@ def test_a_rank_s_graph_has_its_role_before_its_name(
     assert new == [b"another"]
     with folder.compiling(graph):
         assert place(2).read_bytes() == b"graph"
+        left = place(3)
+    left.write_bytes(b"of another compilation")
+    with folder.compiling(None):
+        assert not left.exists()
 
 
 # ---- whole runs
