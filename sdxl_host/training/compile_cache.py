@@ -124,12 +124,15 @@ class _ProcessFolder:
         before = _written(self._folder)
         new: list[bytes] = []
         try:
-            with _environment(
-                MS_COMPILER_CACHE_ENABLE="1",
-                MS_COMPILER_CACHE_PATH=self._root,
-                # Without it MindSpore compares the scripts' imports, and reads nothing more in this
-                # process once they differ; the digest covers them.
-                MS_DEV_FORCE_USE_COMPILE_CACHE="1",
+            with (
+                _environment(
+                    MS_COMPILER_CACHE_ENABLE="1",
+                    MS_COMPILER_CACHE_PATH=self._root,
+                    # Without it MindSpore compares the scripts' imports, and reads nothing more
+                    # in this process once they differ; the digest covers them.
+                    MS_DEV_FORCE_USE_COMPILE_CACHE="1",
+                ),
+                _no_entry_script(),
             ):
                 yield new
             changed = [
@@ -173,3 +176,17 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _no_entry_script() -> Iterator[None]:
+    """Inside, MindSpore does not read the program's main file to list what it imports: the digest
+    covers that, and for `python -c` there is no such file, at which MindSpore would fail."""
+    from mindspore.graph import api
+
+    before = getattr(api, "entry_script_path", None)
+    api.entry_script_path = None
+    try:
+        yield
+    finally:
+        api.entry_script_path = before
