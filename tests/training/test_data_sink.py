@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,9 +148,29 @@ def test_calls_give_what_ordinary_steps_give(ordinary: Path, tmp_path: Path, mak
             assert f'"{what}": {step[-1]}' in (one / state).read_text()
 
 
+def test_a_resumed_run_has_a_queue_of_the_steps_that_are_left(
+    ordinary: Path, tmp_path: Path
+) -> None:
+    """And goes on as if it had not ended."""
+    folder = shutil.copytree(ordinary, tmp_path / "run", symlinks=True)
+    totals: list[int] = []
+
+    def noting(step: data_sink.SinkStep, rows: Any, total: int, *_: Any) -> Callable[[], None]:
+        totals.append(total)
+        return loop(step, rows)
+
+    words = [*WORDS, "edm,snr", "--save_path", str(folder), "--data_sink", "True"]
+    words += ["--allow_changes", "True", "--resume", str(folder / "checkpoints" / "step_00000002")]
+    with queue(noting):
+        made = make_trainer(counting(load(words)), say=lambda line: None)
+        made.run()
+    assert totals == [2]
+    assert (folder / "metrics.jsonl").read_bytes() == (ordinary / "metrics.jsonl").read_bytes()
+
+
 def test_a_stop_waits_for_the_end_of_the_call(tmp_path: Path) -> None:
     """Within a call the weights are already those of its last step. The thread that waits for the
-    next call's rows ends."""
+    next call's rows ends; while a call runs, the batches of the next one are made."""
 
     def interrupting(step: data_sink.SinkStep, rows: Any, *_: Any) -> Callable[[], None]:
         call = thread(step, rows)
@@ -163,6 +184,8 @@ def test_a_stop_waits_for_the_end_of_the_call(tmp_path: Path) -> None:
     words = [*WORDS, "none", "--save_path", str(tmp_path), "--data_sink", "True"]
     with queue(interrupting):
         made = make_trainer(load(words), say=lambda line: None)
+        made.batches.get(1)
+        assert sorted(made.batches._prepared) == [2, 3]
         made.run()
     assert made.step == 2
     saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
