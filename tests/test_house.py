@@ -15,11 +15,8 @@ TABLES = {
 # Longer than that when this test was written. A file that is split leaves the list.
 LONGER = {
     "tests/training/test_effects.py",
-    "tests/training/test_faults.py",
     "tests/training/test_lr_schedulers.py",
-    "tests/training/test_resume.py",
     "tests/training/test_step.py",
-    "tests/training/test_trainer.py",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from sdxl_host.commands.printer import definitions, paragraph
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.settings.options import check_range, describe
-from sdxl_host.settings.values import parse, type_name, union_members
+from sdxl_host.settings.values import parse, refuse_empty_path, type_name, union_members
 
 __all__ = ["Command", "flag_row", "flag_rows", "wants_help"]
 
@@ -134,10 +134,7 @@ def _value(name: str, text: str | None, hint: Any, words: list[str]) -> Any:
         raise ConfigError(f"--{name}: needs a value ({_kind(type_name(hint))})")
     text = words.pop(0) if text is None else text
     if Path in kinds:
-        if not text.strip():
-            raise ConfigError(
-                f"--{name}: is empty, as an unset variable is; give a path, or leave it out"
-            )
+        refuse_empty_path(f"--{name}", text)
         return Path(text).expanduser()
     return text if str in kinds else parse(text, hint, f"--{name}")
 

@@ -19,7 +19,13 @@ from sdxl_host.plugins.selection_and_order import Selection
 from sdxl_host.settings.facts import Setting
 from sdxl_host.settings.options import first_line
 from sdxl_host.settings.schema import FLAGS, SETTINGS, UNBUILT
-from sdxl_host.settings.values import parse, parse_yaml, type_name, union_members
+from sdxl_host.settings.values import (
+    parse,
+    parse_yaml,
+    refuse_empty_path,
+    type_name,
+    union_members,
+)
 
 __all__ = ["SECTIONS", "Arguments", "Flag", "apply_flag", "apply_override"]
 
@@ -187,10 +193,8 @@ def apply_flag(layers: Layers, flag: Flag, selection: Selection, line: Arguments
 
 def _refuse_empty(setting: Setting | None, text: str, subject: str) -> None:
     """An unset variable gives an empty path, with which something else would be trained."""
-    if setting is not None and setting.path and not text.strip():
-        raise ConfigError(
-            f"{subject}: is empty, as an unset variable is; give {setting.path}, or leave it out"
-        )
+    if setting is not None and setting.path:
+        refuse_empty_path(subject, text, setting.path)
 
 
 def _refuse_unbuilt(setting: Setting, value: Any) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "first_infinite",
     "parse",
     "parse_yaml",
+    "refuse_empty_path",
     "type_name",
     "union_members",
 ]
@@ -77,6 +78,17 @@ def parse_yaml(text: str) -> Any:
         return OmegaConf.to_container(tree, resolve=False)["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(str(error)) from error
+
+
+def refuse_empty_path(subject: str, text: str, what: str = "a path") -> None:
+    """Raises ConfigError for a path without a name, with which something else would be done.
+
+    what: what should be given instead.
+    """
+    if not text.strip():
+        raise ConfigError(
+            f"{subject}: is empty, as an unset variable is; give {what}, or leave it out"
+        )
 
 
 def type_name(hint: Any) -> str:

@@ -50,11 +50,16 @@ class CompileCache:
         say: Callable[[Fact], None] = print,
     ) -> None:
         self._folder, self._say = folder, say
-        self._facts = {
+        self._rank, self._ranks = rank, ranks
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What a graph depends on beside its cell and inputs; needed only where graphs are kept."""
+        return {
             "device": ms.get_current_device().device_target,
             "machine": platform.machine(),
-            "rank": rank,
-            "ranks": ranks,
+            "rank": self._rank,
+            "ranks": self._ranks,
             "python": sys.version,
             **{name: importlib_metadata.version(name) for name in ("mindspore", "numpy")},
         }
@@ -89,7 +94,7 @@ class CompileCache:
         """Lets MindSpore find the graph `stored` in what is compiled inside; stores it if it is
         new."""
         found = stored if stored.is_file() else None
-        with _process_folder(self._facts["rank"]).compiling(found) as new:
+        with _process_folder(self._rank).compiling(found) as new:
             yield
         try:
             for graph in new:

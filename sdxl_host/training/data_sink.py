@@ -24,8 +24,7 @@ from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.plugins.hooks import Hooks
-from sdxl_host.training.step import TrainStep
-from sdxl_host.training.update_table import UpdateRows
+from sdxl_host.training.step import TrainStep, UpdateRows
 
 __all__ = [
     "COLUMNS",

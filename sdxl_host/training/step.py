@@ -16,9 +16,9 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from sdxl_host.models.precision import LARGEST_LOSS_SCALE
 from sdxl_host.training.ema import EMA
-from sdxl_host.training.update_table import COLUMNS, UpdateRows
+from sdxl_host.training.update_table import COLUMNS
 
-__all__ = ["StepRunner", "TrainStep", "decayed"]
+__all__ = ["StepRunner", "TrainStep", "UpdateRows", "decayed"]
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 
@@ -302,6 +302,25 @@ class TrainStep(nn.Cell):
         """What the optimizer's state is kept in."""
         kept = [*self.moments1, *self.moments2, self.applied]
         return [*kept, self.scale, self.unchanged] if self.is_scaled else kept
+
+
+class UpdateRows:
+    """Sees to it that the rows of a step's next updates are on the device.
+
+    How many updates were applied is known there alone, because a step whose numbers are not finite
+    is skipped; so the rows are renewed only when as many steps have run as there are rows.
+    """
+
+    def __init__(self, step: TrainStep, table: np.ndarray) -> None:
+        self._step, self._table = step, table
+        self._left = 0
+
+    def provide(self, steps: int = 1) -> None:
+        """Before the next `steps` steps, which are at most as many as the step has rows."""
+        if self._left < steps:
+            self._step.load_rows(self._table)
+            self._left = self._step.rows.shape[0]
+        self._left -= steps
 
 
 class StepRunner:

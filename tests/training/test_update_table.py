@@ -9,7 +9,8 @@ import numpy as np
 
 from sdxl_host.training.ema import ema_shares
 from sdxl_host.training.optimizer import AdamW
-from sdxl_host.training.update_table import COLUMNS, UpdateRows, update_table
+from sdxl_host.training.step import UpdateRows
+from sdxl_host.training.update_table import COLUMNS, update_table
 
 
 def test_columns() -> None:
