@@ -11,6 +11,7 @@ import warnings
 from sdxl_host.errors import ConfigError
 
 __all__ = [
+    "ascend_generation",
     "has_bfloat16",
     "limit_memory",
     "on_ascend",
@@ -124,10 +125,10 @@ def limit_memory(most: str) -> None:
 
 def has_bfloat16() -> bool:
     """Whether the device computes in bfloat16: Ascend from 910B on; not the CPU, nor older ones."""
-    return on_ascend() and _ascend_generation() not in ("ascend910", "ascend310", "ascend310p")
+    return on_ascend() and ascend_generation() not in ("ascend910", "ascend310", "ascend310p")
 
 
-def _ascend_generation() -> str:
+def ascend_generation() -> str:
     """What MindSpore calls the chip, such as "ascend910b"; empty where there is none."""
     from mindspore._c_expression import MSContext
 

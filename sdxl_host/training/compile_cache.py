@@ -17,13 +17,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import importlib_metadata
 import mindspore as ms
 
+from sdxl_host.device import ascend_generation
 from sdxl_host.files.atomic import write_file
 from sdxl_host.training.identity import Undeclared, graph_digest
 
@@ -57,6 +58,7 @@ class CompileCache:
         """What a graph depends on beside its cell and inputs; needed only where graphs are kept."""
         return {
             "device": ms.get_current_device().device_target,
+            "ascend": ascend_generation(),
             "machine": platform.machine(),
             "rank": self._rank,
             "ranks": self._ranks,
@@ -93,8 +95,18 @@ class CompileCache:
     def _exchange(self, stored: Path) -> Iterator[None]:
         """Lets MindSpore find the graph `stored` in what is compiled inside; stores it if it is
         new."""
-        found = stored if stored.is_file() else None
-        with _process_folder(self._rank).compiling(found) as new:
+        try:
+            process_folder = _process_folder(self._rank)
+        except OSError as error:
+            self._say(("note", f"--compile_cache: a graph is not kept: {error}"))
+            yield
+            return
+        with ExitStack() as stack:
+            try:
+                new = stack.enter_context(process_folder.compiling(stored))
+            except OSError as error:
+                self._say(("note", f"--compile_cache: a graph is compiled anew: {error}"))
+                new = stack.enter_context(process_folder.compiling(None))
             yield
         try:
             for graph in new:
@@ -118,14 +130,15 @@ class _ProcessFolder:
 
     @contextmanager
     def compiling(self, graph: Path | None) -> Iterator[list[bytes]]:
-        """Inside, one graph is compiled, or read from the file `graph`; what is yielded then holds
-        it afterwards if it has been compiled."""
+        """Inside, one graph is compiled, or read from the file `graph` if it exists; what is
+        yielded then holds it afterwards if it has been compiled."""
         self._empty()
         if graph is not None:
             # Where msrun has started the process, MindSpore puts its role before the name.
             for role in {"", os.environ.get("MS_ROLE", "")}:
                 name = f"{role}compile_cache_{self._next}.mindir"
-                shutil.copyfile(graph, self._folder / name)
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    shutil.copyfile(graph, self._folder / name)
         before = _written(self._folder)
         new: list[bytes] = []
         try:

@@ -9,7 +9,6 @@ Not in the digest is what enters the graph as data: the values of inputs and of 
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
 import sys
@@ -32,6 +31,8 @@ _BOOKKEEPING = {
     "_lazy_user_parameters", "_mutable_flags", "_params", "_params_list", "_phase", "_phase_cache",
     "_primitives", "_scope", "__parse_method__", "arguments_key",
 }  # fmt: skip
+# What Python itself keeps in classes.
+_OF_CLASSES = {"_abc_impl"}
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, np.dtype, type(...), range, Path)
 # Packages whose version stands for their sources.
 _VERSIONED = {"mindspore", "numpy", "pybind11_builtins", *sys.stdlib_module_names}
@@ -50,10 +51,13 @@ def graph_digest(
     device and versions. Raises Undeclared where something of the cell can't be covered.
     """
     digest = _Digest({id(parameter) for parameter in cell.get_parameters()})
-    for part in (method, list(signature), dict(facts)):
-        digest.add(part)
-    digest.add(cell)
-    digest.add_modules()
+    try:
+        for part in (method, list(signature), dict(facts)):
+            digest.add(part)
+        digest.add(cell)
+        digest.add_code()
+    except RecursionError:
+        raise Undeclared("values inside each other, too deep to follow") from None
     return digest.hexdigest()
 
 
@@ -69,6 +73,9 @@ class _Digest:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no `id` is given twice
         self._modules: dict[str, None] = {}
+        # Classes and functions met, whose contents are added last: code leads to code, further than
+        # Python's calls can be nested.
+        self._pending: list[type | types.FunctionType] = []
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -77,12 +84,15 @@ class _Digest:
         """Adds a value and all that it holds."""
         if value is None or isinstance(value, _PLAIN):
             self._put(type(value).__name__, repr(value))
-        elif isinstance(value, ms.Type | enum.Enum):
+        elif isinstance(value, ms.Type):
             self._put("type", str(value))
+        elif hasattr(type(value), "__members__"):  # an enumeration, of Python or of MindSpore
+            self.add((type(value), value.name, value.value))
         elif isinstance(value, type):
             self._add_class(value)
         elif isinstance(value, types.ModuleType):
             self._put("module", value.__name__)
+            self._add_module(value.__name__)
         elif id(value) in self._seen:
             self._put("seen", str(self._seen[id(value)]))
         else:
@@ -90,9 +100,16 @@ class _Digest:
             self._alive.append(value)
             self._add_new(value)
 
-    def add_modules(self) -> None:
-        """Adds the sources of every package that code was met of, and the plain values that stand
-        in its modules now: a graph holds those as constants too."""
+    def add_code(self) -> None:
+        """Adds the contents of every class and function met, what these lead to, the sources of
+        their packages, and the plain values that stand in their modules now."""
+        while self._pending:
+            met = self._pending.pop()
+            if isinstance(met, type):
+                self._add_attributes(met)
+            else:
+                names = dict.fromkeys(self._add_bytecode(met.__code__))
+                self._add_globals(names, met.__globals__)
         for name in sorted(self._modules):
             module = sys.modules.get(name)
             if module is None:
@@ -101,7 +118,39 @@ class _Digest:
                 if not key.startswith("__") and isinstance(value, _PLAIN):
                     self._put(key, repr(value))
         for file in _sources(self._modules):
-            self._put(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+            try:
+                self._put(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+            except OSError as error:
+                raise Undeclared(f"code that can't be read: {error}") from None
+
+    def _add_bytecode(self, code: types.CodeType) -> list[str]:
+        """Two functions of one file may have one name. Returns the names that the code looks up."""
+        self.add((code.co_code, code.co_varnames, code.co_names))
+        names = list(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                names += self._add_bytecode(constant)
+            else:
+                self.add(constant)
+        return names
+
+    def _add_globals(self, names: Iterable[str], namespace: Mapping[str, Any]) -> None:
+        """Adds what code finds under these names, in modules too: `module.NAME` names both."""
+        spaces, seen = [namespace], set()
+        while spaces:
+            space = spaces.pop()
+            is_versioned = _is_versioned(space.get("__name__"))
+            for name in names:
+                # A name with dots is of an import inside the function.
+                value = space.get(name, sys.modules.get(name) if space is namespace else None)
+                if isinstance(value, types.ModuleType) and id(value) not in seen:
+                    seen.add(id(value))
+                    spaces.append(vars(value))
+                if name in space and (not is_versioned or _is_patched(value)):
+                    self._put(name)
+                    self.add(value)
+                elif isinstance(value, types.ModuleType):
+                    self._add_module(value.__name__)
 
     def _put(self, *texts: str) -> None:
         for text in texts:
@@ -145,25 +194,40 @@ class _Digest:
         else:
             self._add_object(value)
 
+    def _add_module(self, name: str | None) -> None:
+        if not _is_versioned(name):
+            self._modules[str(name)] = None
+
     def _add_class(self, cls: type) -> None:
         self._put("class", cls.__module__, cls.__qualname__)
-        if id(cls) in self._seen:
-            return
-        self._seen[id(cls)] = len(self._seen)
+        if id(cls) not in self._seen:
+            self._seen[id(cls)] = len(self._seen)
+            self._alive.append(cls)
+            self._pending.append(cls)
+
+    def _add_attributes(self, cls: type) -> None:
         for base in cls.__mro__:
-            if _is_versioned(base.__module__):
-                continue
-            self._modules[base.__module__] = None
+            is_versioned = _is_versioned(base.__module__)
+            self._add_module(base.__module__)
             for key, value in sorted(vars(base).items()):
-                if not key.startswith("__") and isinstance(value, _PLAIN):
-                    self._put(key, repr(value))
+                functions = _functions(value)
+                if is_versioned:
+                    functions = [function for function in functions if _is_patched(function)]
+                for function in functions:
+                    self._put(key)
+                    self.add(function)
+                if not (functions or is_versioned or key.startswith("__") or key in _OF_CLASSES):
+                    self._put(key)
+                    self.add(value)
 
     def _add_function(self, function: types.FunctionType) -> None:
-        self._put("function", function.__module__, function.__qualname__)
-        if not _is_versioned(function.__module__):
-            self._modules[function.__module__] = None
+        self._put("function", str(function.__module__), function.__qualname__)
         self.add([cell.cell_contents for cell in function.__closure__ or ()])
         self.add((function.__defaults__, function.__kwdefaults__))
+        if _is_patched(function):
+            self._add_module(function.__module__)
+            self._add_module(function.__globals__.get("__name__"))
+            self._pending.append(function)
 
     def _add_object(self, value: Any) -> None:
         self._add_class(type(value))
@@ -178,7 +242,7 @@ class _Digest:
         for slot in _slots(type(value)):
             if hasattr(value, slot):
                 held[slot] = getattr(value, slot)
-        is_python = type(value).__new__ is object.__new__ or _is_versioned(type(value).__module__)
+        is_python = type(value).__new__ is object.__new__
         if not held and not is_python:
             raise Undeclared(f"a {type(value).__qualname__}, which does not show what it holds")
         for key, item in sorted(held.items()):
@@ -199,8 +263,24 @@ def _slots(cls: type) -> Iterator[str]:
         yield from (slots,) if isinstance(slots, str) else slots
 
 
-def _is_versioned(module: str) -> bool:
-    return module.partition(".")[0] in _VERSIONED
+def _functions(value: Any) -> list[Any]:
+    """The functions of a class's attribute, where it is a method or a property."""
+    if isinstance(value, property):
+        return [part for part in (value.fget, value.fset, value.fdel) if part is not None]
+    if isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    return [value] if isinstance(value, types.FunctionType) else []
+
+
+def _is_versioned(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] in _VERSIONED
+
+
+def _is_patched(value: Any) -> bool:
+    """Whether it is a function or a class that no package's version stands for."""
+    if isinstance(value, types.FunctionType):
+        return not _is_versioned(value.__globals__.get("__name__"))
+    return isinstance(value, type) and not _is_versioned(value.__module__)
 
 
 def _sources(modules: Iterable[str]) -> list[Path]:
@@ -209,12 +289,17 @@ def _sources(modules: Iterable[str]) -> list[Path]:
     Raises Undeclared for a module that has none.
     """
     files: dict[Path, None] = {}
+    folders: set[Path] = set()
     for name in sorted(modules):
-        package = sys.modules.get(name.partition(".")[0], sys.modules[name])
-        found = getattr(package, "__file__", None) or getattr(sys.modules[name], "__file__", None)
-        if found is None:
+        parts = name.split(".")
+        packages = [sys.modules.get(".".join(parts[: end + 1])) for end in range(len(parts))]
+        found = [Path(at) for at in (getattr(p, "__file__", None) for p in packages) if at]
+        # A namespace package holds no code; what is used of it is met by itself.
+        if not getattr(packages[-1], "__file__", None) and not hasattr(packages[-1], "__path__"):
             raise Undeclared(f"code of {name}, which has no file")
-        file = Path(found)
-        inside = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-        files.update(dict.fromkeys(inside))
+        for file in found:
+            files[file] = None
+            if file.name == "__init__.py" and not folders.intersection(file.parents):
+                folders.add(file.parent)
+                files.update(dict.fromkeys(sorted(file.parent.rglob("*.py"))))
     return list(files)

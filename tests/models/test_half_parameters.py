@@ -231,7 +231,7 @@ def test_bfloat16_is_that_of_the_chip(
     chip: str, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_module, "on_ascend", lambda: True)
-    monkeypatch.setattr(device_module, "_ascend_generation", lambda: chip)
+    monkeypatch.setattr(device_module, "ascend_generation", lambda: chip)
     assert device_module.has_bfloat16() == has
     monkeypatch.setattr(precision, "has_bfloat16", device_module.has_bfloat16)
     given = settings(ms_amp_dtype="bfloat16", ms_amp_level="O1")
@@ -243,7 +243,7 @@ def test_bfloat16_is_that_of_the_chip(
 
 
 def test_mindspore_is_asked_for_the_chip_as_it_wants_to_be() -> None:
-    assert device_module._ascend_generation() == ""  # on a CPU
+    assert device_module.ascend_generation() == ""  # on a CPU
 
 
 def test_only_float16_needs_a_loss_scale() -> None:

@@ -132,6 +132,46 @@ def test_what_can_t_be_kept_is_named_and_computed(tmp_path: Path) -> None:
     assert all("--compile_cache" in text for text in (first, second))
 
 
+def test_the_chip_counts_and_is_asked_for_only_with_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(compile_cache, "graph_digest", lambda *given: found.append(given) or "a")
+    for chip in ("ascend910", "ascend910b"):
+        monkeypatch.setattr(compile_cache, "ascend_generation", lambda chip=chip: chip)
+        monkeypatch.setattr(compile_cache.ms, "jit", lambda method, jit_level: method)
+        CompileCache(tmp_path).compiled(Line(2.0).construct)(ONES)
+    assert found[0][-1] != found[1][-1]
+    monkeypatch.delattr(compile_cache, "ascend_generation")
+    CompileCache(None).compiled(Line(2.0).construct)(ONES)
+
+
+@pytest.mark.parametrize("broken", ["graph", "temporary folder"])
+def test_a_graph_that_can_t_be_read_is_compiled_anew(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it may have been copied by then."""
+    CompileCache(tmp_path).compiled(Line(9.0).construct)(ONES)
+
+    def copyfile(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise PermissionError(f"no {broken}")
+
+    def folder(rank: int) -> None:
+        raise PermissionError(f"no {broken}")
+
+    if broken == "graph":
+        monkeypatch.setattr(compile_cache.shutil, "copyfile", copyfile)
+    else:
+        monkeypatch.setattr(compile_cache, "_process_folder", folder)
+    shown: list[Any] = []
+    cache = CompileCache(tmp_path, say=shown.append)
+    assert cache.compiled(Line(9.0).construct)(ONES).asnumpy().tolist() == [19.0] * 3
+    ((label, text),) = shown
+    assert label == "note"
+    assert f"no {broken}" in text
+
+
 def test_a_graph_that_is_not_taken_is_there_for_no_other(tmp_path: Path) -> None:
     """As where an error ends a call before MindSpore compiles anything."""
     CompileCache(tmp_path).compiled(Line(7.0).construct)(ONES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -152,6 +154,155 @@ def test_class_and_module_count_as_they_are_now(monkeypatch: pytest.MonkeyPatch)
     assert len({before, of_class, digest(Layer())}) == 3
 
 
+def _of_default(x: Any, factor: Any = 1.0) -> Any:
+    return x * factor
+
+
+GLOBAL: Any = None
+HELPERS = types.ModuleType("helpers_of_test")
+
+
+class User(nn.Cell):
+    """A cell whose code names globals: at once, inside a nested function, of another module, and in
+    a function that it calls."""
+
+    table: Any = None
+
+    def construct(self, x):
+        def nested(y):
+            return HELPERS.made(y, GLOBAL)
+
+        return _calls_back(nested(x))
+
+    @property
+    def shown(self):
+        return self.table
+
+    @staticmethod
+    def static(x):
+        return x
+
+
+def _calls_back(x: Any) -> Any:
+    return User.static(x) * GLOBAL
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """The folder of a package whose function `made` the cell calls; nothing else leads to it."""
+    folder = tmp_path / "helpers_of_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    HELPERS.__file__ = str(folder / "__init__.py")
+    monkeypatch.setitem(identity.sys.modules, "helpers_of_test", HELPERS)
+    monkeypatch.setattr(HELPERS, "made", _of_default, raising=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1, 2),
+        ((1,), (2,)),
+        ([1], [2]),
+        ({"a": 1}, {"a": 2}),
+        (Tensor(np.ones(2, np.float32)), Tensor(np.zeros(2, np.float32))),
+        (np.ones(2), np.zeros(2)),
+        (functools.partial(_of_default, factor=1), functools.partial(_of_default, factor=2)),
+        (types.SimpleNamespace(a=1), types.SimpleNamespace(a=2)),
+        (_closure(1.0), _closure(2.0)),
+        (lambda x: x + 1, lambda x: x + 2),
+        (type("A", (), {"rate": (1,)}), type("A", (), {"rate": (2,)})),
+    ],
+)
+@pytest.mark.parametrize("place", ["global", "module", "class"])
+def test_what_code_finds_outside_its_cell_counts(
+    values: tuple[Any, Any], place: str, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(value: Any) -> str:
+        if place == "global":
+            monkeypatch.setitem(globals(), "GLOBAL", value)
+        elif place == "module":
+            monkeypatch.setattr(HELPERS, "made", value)
+        else:
+            monkeypatch.setattr(User, "table", value)
+        return digest(User())
+
+    first, second = values
+    assert put(first) != put(second)
+    assert put(first) == put(first)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, staticmethod, classmethod, property])
+@pytest.mark.parametrize("cls", [User, nn.Dense])
+def test_a_method_put_into_a_class_counts(
+    cls: type, wrap: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also into a class of MindSpore, whose version stands for its methods otherwise."""
+    digests = set()
+    for function in (_closure(1.0), _closure(2.0), _of_default):
+        monkeypatch.setattr(cls, "patched", wrap(function), raising=False)
+        digests.add(digest(cls(3, 3) if cls is nn.Dense else cls()))
+    assert len(digests) == 3
+
+
+def test_a_function_put_into_mindspore_counts(
+    helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HELPERS, "made", lambda x: ops.relu(x))
+    before = digest(User())
+    monkeypatch.setattr(ops, "relu", _of_default)
+    assert digest(User()) != before
+
+
+def test_defaults_of_a_method_count(helpers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest(User())
+    monkeypatch.setattr(User.static, "__defaults__", ((1, 2),))
+    assert digest(User()) != before
+
+
+def test_what_code_names_and_no_digest_covers_is_refused(
+    helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "GLOBAL", Opaque())
+    with pytest.raises(Undeclared, match="does not show what it holds"):
+        digest(User())
+    monkeypatch.setitem(globals(), "GLOBAL", 1)
+    (helpers / "__init__.py").unlink()
+    with pytest.raises(Undeclared, match="can't be read"):
+        digest(User())
+
+
+def test_sources_of_a_package_met_through_a_global_count(helpers: Any) -> None:
+    before = digest(User())
+    (helpers / "part.py").write_text("y = 1\n")
+    assert digest(User()) != before
+
+
+def test_sources_in_a_namespace_package_count(
+    helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file in it; and all of a package in it."""
+    (helpers / "__init__.py").rename(helpers / "part.py")
+    inner = helpers / "inner"
+    inner.mkdir()
+    for name in ("__init__.py", "beside.py"):
+        (inner / name).write_text("")
+    monkeypatch.setattr(HELPERS, "__file__", None)
+    monkeypatch.setattr(HELPERS, "__path__", [str(helpers)], raising=False)
+    for name, file in (("part", helpers / "part.py"), ("inner", inner / "__init__.py")):
+        module = types.ModuleType(f"helpers_of_test.{name}")
+        module.__file__ = str(file)
+        monkeypatch.setitem(identity.sys.modules, module.__name__, module)
+    digests = set()
+    for name, changed in (("part", helpers / "part.py"), ("inner", inner / "beside.py")):
+        made = type("Made", (Layer,), {"__module__": f"helpers_of_test.{name}"})
+        digests.add(digest(made()))
+        changed.write_text("z = 1\n")
+        digests.add(digest(made()))
+    assert len(digests) == 4
+
+
 def test_another_class_with_the_same_attributes_is_another_graph() -> None:
     other = type("Other", (Layer,), {"__module__": Layer.__module__})
     assert digest(other()) != digest(Layer())
@@ -186,6 +337,8 @@ class Opaque:
         ([nn.Dense(3, 3)], "parameter weight"),
         (Opaque(), "does not show what it holds"),
         ({("a", 1)}, "a set"),
+        (collections.deque([1]), "does not show what it holds"),
+        (functools.reduce(lambda inner, _: [inner], range(5000), []), "too deep"),
         (type("Nowhere", (), {"__module__": "nowhere"})(), "nowhere, which is no module"),
         (_closure(Parameter(Tensor(1.0), name="foreign")), "parameter foreign"),  # type: ignore
     ],
