@@ -1,5 +1,5 @@
 """The packages as users install them, in one fresh environment: wheels, commands in an empty
-folder, and docs/plugins.md as its reader follows it, every command, in order.
+folder, and docs/plugins.md as its reader follows it, every command, in order. `make soak` runs it.
 
 Blocks under `<!-- checked: tutorial -->` are commands and what they print; a line `...` there
 stands for any lines. Blocks under `<!-- file: PATH -->` are files that the commands have written.
@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_host.hookspecs import HOOKS
+
+pytestmark = pytest.mark.soak
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plugins.md"
@@ -56,45 +57,6 @@ def run(environment: Path, folder: Path, *arguments: str) -> subprocess.Complete
         timeout=600,
         check=False,
     )
-
-
-def wheel(dist: Path, name: str) -> zipfile.ZipFile:
-    (found,) = dist.glob(f"{name}-*.whl")
-    return zipfile.ZipFile(found)
-
-
-def test_every_wheel_carries_its_licence(dist: Path) -> None:
-    for package in ("sdxl_host", "sdxl_edm", "sdxl_snr", "sdxl_timestep_bias", "sdxl_lpw"):
-        with wheel(dist, package) as archive:
-            names = archive.namelist()
-            assert any(name.endswith("/licenses/LICENSE") for name in names), package
-
-
-def test_the_hosts_wheel_carries_configs_images_tokenizer_and_their_notices(dist: Path) -> None:
-    with wheel(dist, "sdxl_host") as archive:
-        names = set(archive.namelist())
-        metadata = next(name for name in names if name.endswith("/METADATA"))
-        requirements = archive.read(metadata).decode()
-    for file in (
-        "configs/default.yaml",
-        "configs/learn_demo.yaml",
-        "configs/tiny.yaml",
-        "data/demo/metadata.jsonl",
-        "data/demo/red_apple.png",
-        "data/demo/NOTICE.md",
-        "models/clip_tokenizer/vocab.json",
-        "models/clip_tokenizer/merges.txt",
-        "models/clip_tokenizer/NOTICE.md",
-        "templates/plugin/README.md",
-        "templates/plugin/pyproject.toml",
-        "templates/plugin/my_plugin/__init__.py",
-        "templates/plugin/my_plugin/py.typed",
-        "templates/plugin/tests/test_my_plugin.py",
-    ):
-        assert f"sdxl_host/{file}" in names
-    assert not [name for name in names if name.startswith(("tests/", "plugins/"))]
-    assert "Requires-Dist: numpy<2,>=1.26" in requirements
-    assert "Requires-Python: <3.13,>=3.10" in requirements
 
 
 def test_the_extras_install_what_they_name_and_nothing_else(
