@@ -189,6 +189,18 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _may_differ() -> tuple[list[str], list[list[str]]]:
+    """The settings that a resumed run may have otherwise, but for those that say which it is."""
+    which = {"weight", "resume", "resume_step", "optimizer_weight", "allow_changes"}
+    free = [
+        one
+        for one in SETTINGS.values()
+        if one.may_differ and one.touches != "length" and one.flag not in which
+    ]
+    rows = [[f"`{setting.key}`", f"`--{setting.flag}`" if setting.flag else ""] for setting in free]
+    return ["key", "flag"], rows
+
+
 def _settings(section: str) -> tuple[list[str], list[list[str]]]:
     """The keys of a section of the config, and the flags that set them."""
     rows = []
@@ -442,6 +454,7 @@ def _code(text: str) -> str:
 
 TABLES: dict[str, Callable[..., tuple[list[str], list[list[str]]]]] = {
     "settings": _settings,
+    "may_differ": _may_differ,
     "plugin": _plugin,
     "refused-flags": _refused,
     "targets": _targets,

@@ -117,8 +117,10 @@ class Arguments:
         text = flag.value
         following = self._words[self._next] if self._next < len(self._words) else None
         if text is None:
-            if following is None or following.startswith("--"):
-                if bool in union_members(hint):  # a switch alone
+            is_switch = bool in union_members(hint)
+            # An override behind a switch is not its value.
+            if following is None or following.startswith("--") or (is_switch and "=" in following):
+                if is_switch:  # alone
                     return True
                 raise ConfigError(f"--{flag.name}: needs a value ({type_name(hint)})")
             text = following

@@ -145,11 +145,15 @@ def drop_idle_sections(tree: DictConfig) -> list[str]:
 def rename_targets(tree: DictConfig) -> None:
     """Gives every target in the tree our name for it."""
     for section, plain in _sections(tree):
-        for _, node in _nodes(plain, section):
-            ours = TARGETS.get(str(node["target"]))
-            if ours is not None:
-                node["target"] = f"sdxl_host.{ours}"
-        tree[section] = plain
+        named = [
+            (node, TARGETS[str(node["target"])])
+            for _, node in _nodes(plain, section)
+            if str(node["target"]) in TARGETS
+        ]
+        for node, ours in named:
+            node["target"] = f"sdxl_host.{ours}"
+        if named:  # to put a section back takes longer than all the rest of loading a config
+            tree[section] = plain
 
 
 def drop_idle_params(tree: DictConfig) -> list[str]:
@@ -157,8 +161,9 @@ def drop_idle_params(tree: DictConfig) -> list[str]:
 
     Raises ConfigError for a target of MindONE's that nobody stands for.
     """
-    lines = []
+    lines: list[str] = []
     for section, plain in _sections(tree):
+        before = len(lines)
         for place, node in _nodes(plain, section):
             name = str(node["target"])
             if name.startswith("gm."):
@@ -171,7 +176,8 @@ def drop_idle_params(tree: DictConfig) -> list[str]:
             if isinstance(node.get("params"), dict):
                 for key in _take_out(node["params"], idle):
                     lines.append(f"{place}.params.{key} has no effect: {idle[key]}")
-        tree[section] = plain
+        if len(lines) > before:
+            tree[section] = plain
     return lines
 
 

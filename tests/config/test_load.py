@@ -187,6 +187,7 @@ def test_hyphens_in_flags_read_as_underscores():
     [
         (["--clip_grad"], True),
         (["--clip_grad", "--seed", "1"], True),
+        (["--clip_grad", "train.seed=1"], True),
         (["--clip_grad", "True"], True),
         (["--clip_grad", "true"], True),
         (["--clip_grad", "yes"], True),

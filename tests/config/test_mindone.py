@@ -318,16 +318,6 @@ def test_the_page_of_flags_names_no_flag_or_key_that_is_not_here() -> None:
             assert key in SCHEMAS[section].__dataclass_fields__, code
 
 
-def test_the_page_lists_what_a_resumed_run_may_differ_in() -> None:
-    text = (DOCS / "training.md").read_text("utf-8")
-    (listed,) = re.findall(r"A resumed run may always differ in (.*?)\n\n", text, re.DOTALL)
-    # Those that say which run is resumed need no word.
-    which = {"weight", "resume", "resume_step", "optimizer_weight", "allow_changes"}
-    may = {one.key for one in SETTINGS.values() if one.may_differ and one.flag not in which}
-    may.discard("data.python_multiprocessing")  # it has one value only
-    assert {code for code in codes(listed) if "." in code} == may
-
-
 def test_the_numbers_of_the_loss_scale_are_those_of_the_program(device: str) -> None:
     from sdxl_host.models import precision
     from sdxl_host.training import observers, step

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.images import captioned, image
 
 from sdxl_host.data import dataset as dataset_module
 from sdxl_host.data.dataset import Text2ImageDataset
@@ -16,42 +17,16 @@ from sdxl_host.errors import DataError, HostError
 from sdxl_host.randomness import Stream, generator
 
 SIDE = 8
-
-
 RESIZE = {"target": "sdxl_host.Resize", "params": {"size": SIDE}}
-
-
 RESCALE = {"target": "sdxl_host.Rescaler"}
-
-
 CROP = {"target": "sdxl_host.AddOriginalImageSizeAsTupleAndCropToSquare"}
-
-
 TRANSPOSE = {"target": "sdxl_host.Transpose"}
-
-
 ALL = [RESIZE, RESCALE, CROP, TRANSPOSE]
-
-
 NEAREST = [{"target": "sdxl_host.Resize", "params": {"size": SIDE, "interpolation": 0}}, *ALL[1:]]
 
 
 def draw(position: int = 0) -> np.random.Generator:
     return generator(42, Stream.CROP, 1, position)
-
-
-def image(file: Path, width: int = 12, height: int = 8, color: Any = "red") -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), color).save(file)
-    return file
-
-
-def captioned(folder: Path, **captions: str) -> Path:
-    """A folder with an image and a .txt for each name."""
-    for name, caption in captions.items():
-        image(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(caption, "utf-8")
-    return folder
 
 
 def dataset(folder: Path, transforms: Any = ALL, **params: Any) -> Text2ImageDataset:
@@ -117,17 +92,9 @@ def corners(folder: Path, name: str) -> np.ndarray:
 
 # Where the red corner of a stored image is seen, for each EXIF orientation.
 TOP = 0
-
-
 BOTTOM = SIDE - 1
-
-
 LEFT = 0
-
-
 RIGHT = SIDE - 1
-
-
 ORIENTATIONS = {
     1: (TOP, LEFT),
     2: (TOP, RIGHT),

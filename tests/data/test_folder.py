@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from support.images import captioned, image
 
 from sdxl_host.data.folder import read_folder
 from sdxl_host.errors import DataError
-
-
-def image(file: Path, width: int = 12, height: int = 8, color: Any = "red") -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), color).save(file)
-    return file
-
-
-def captioned(folder: Path, **captions: str) -> Path:
-    """A folder with an image and a .txt for each name."""
-    for name, caption in captions.items():
-        image(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(caption, "utf-8")
-    return folder
 
 
 def refuse(folder: Path, message: str) -> None:

@@ -38,7 +38,7 @@ NETWORK = "model.params.network_config.params"
 SMALLEST = ["channel_mult=[1]", "transformer_depth=[1]"]
 # Steps of the compiled runs, and of the one that is resumed; after so many updates of these the
 # loss scale is doubled.
-MANY, FEW = 10, 3
+MANY, FEW = 6, 3
 GROWTH = {MANY: MANY - 1, FEW: 2}
 
 MOMENTS = "adam_m."  # the optimizer's first moments: parts of the gradients
@@ -111,13 +111,13 @@ def assert_same_bits(one: Run, other: Run, step: int) -> None:
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_losses_are_those_of_float32(compiled: Runs, level: str) -> None:
-    """Of ten steps, within 2 %, and not the same: float16 did round."""
+    """Of six steps, within 2 %, and not the same: float16 did round."""
     full, half = compiled("O0"), compiled(level)
     first, second = column(full, "loss"), column(half, "loss")
     assert len(first) == len(second) == MANY
     np.testing.assert_allclose(second, first, rtol=0.02)
     assert (second != first).mean() > 0.5
-    assert second[-3:].mean() < 0.9 * second[:3].mean()
+    assert second[-2:].mean() < 0.9 * second[:2].mean()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -125,7 +125,8 @@ def test_the_lines_tell_of_the_scale_where_there_is_one(compiled: Runs, level: s
     lines = metrics(compiled(level))
     assert ("loss_scale" in lines[0], "skipped" in lines[0]) == (is_half(level),) * 2
     if is_half(level):
-        assert [line["loss_scale"] for line in lines] == [LOSS_SCALE] * (MANY - 1) + [2 * LOSS_SCALE]
+        scales = [LOSS_SCALE] * (MANY - 1) + [2 * LOSS_SCALE]
+        assert [line["loss_scale"] for line in lines] == scales
         assert {line["skipped"] for line in lines} == {0.0}
 
 

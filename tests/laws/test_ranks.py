@@ -167,7 +167,7 @@ def test_a_failed_rank_ends_the_run_and_says_why(
     words = [*("--config", "tiny.yaml", "--plugins", "measured", "--is_parallel", "True")]
     words += ["--save_path", str(tmp_path / "run")]
     path = os.pathsep.join([site.python_path, *sys.path])
-    monkeypatch.setenv("MS_NODE_TIMEOUT", "3")  # seconds until the silent rank is missed
+    monkeypatch.setenv("MS_NODE_TIMEOUT", "10")  # seconds until the silent rank is missed
     done = start_ranks(tmp_path / "logs", path, *words)
     assert done.returncode != 0
     log = (tmp_path / "logs" / "worker_1.log").read_text()

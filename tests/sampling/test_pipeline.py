@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
+from support.preconditioning import EDM
 
 from sdxl_host.diffusion.conditioning import PromptEmbedding
 from sdxl_host.diffusion.distributions import DiscreteDistribution
@@ -27,24 +28,6 @@ from sdxl_host.sampling.samplers import SAMPLERS, noise_levels, sample
 SCHEDULE = NoiseSchedule.scaled_linear()
 EPS = EpsPreconditioning(SCHEDULE)
 TRAINED = SamplingDefaults("trailing", float(SCHEDULE.sigmas[0]), float(SCHEDULE.sigmas[-1]))
-
-
-class EDM(Preconditioning):
-    """Karras et al. 2022, table 1, sigma_data 0.5."""
-
-    name = "edm"
-
-    def c_skip(self, sigma):
-        return 0.25 / (sigma**2 + 0.25)
-
-    def c_out(self, sigma):
-        return 0.5 * sigma / np.sqrt(sigma**2 + 0.25)
-
-    def c_in(self, sigma):
-        return 1 / np.sqrt(sigma**2 + 0.25)
-
-    def c_noise(self, sigma):
-        return 0.25 * np.log(sigma)
 
 
 # ---- images to look at

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from sdxl_host.commands.printer import lines_of
-from sdxl_host.commands.train import run as run_command
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError, DataError
-from sdxl_host.settings.schema import SCHEMAS, SETTINGS
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
@@ -132,40 +130,6 @@ def assert_close(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol:
     assert one.keys() == other.keys()
     for name, array in one.items():
         np.testing.assert_allclose(array, other[name], rtol=0, atol=atol, err_msg=name)
-
-
-class Reads:
-    """A section of the settings that notes which of them are read."""
-
-    def __init__(self, section: Any, name: str, seen: set[str]) -> None:
-        self._section, self._name, self._seen = section, name, seen
-
-    def __getattr__(self, setting: str) -> Any:
-        self._seen.add(f"{self._name}.{setting}")
-        return getattr(self._section, setting)
-
-
-# What such a run need not read, and where else it has its effect.
-UNREAD = {
-    "data.dataset_config": "its node in the tree is built, as the tests of the dataset show",
-    "data.dataset_config.params.data_path": "it is a parameter of the dataset",
-    "data.python_multiprocessing": "only False is accepted",
-    "train.allow_changes": "a resumed run reads it: see below",
-    "train.sink_size": "the data sink reads it: see test_data_sink.py",
-    "train.sink_queue_size": "the data sink reads it: see below",
-}
-
-
-def test_a_run_reads_every_setting(device: str, tmp_path: Path) -> None:
-    """Law 10: a setting that nothing reads is a promise that nothing keeps."""
-    config = load([
-        "--config", TINY, "--plugins=none", *SMALLER, "--total_step=1", f"--save_path={tmp_path}",
-        "--use_ema", "--clip_grad",
-    ])  # fmt: skip
-    seen: set[str] = set()
-    sections = {name: Reads(getattr(config, name), name, seen) for name in SCHEMAS}
-    run_command(replace(config, **sections))
-    assert set(SETTINGS) - seen <= set(UNREAD)
 
 
 def test_a_run_saves_logs_and_ends_when_it_is_told_to(run: Callable[..., Run], plain: Run) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support.weights import LOGIT_SCALE, POSITIONS, UNET, Arrays, source_of
 
 from sdxl_host.errors import DataError
 from sdxl_host.files.tensors import DTYPES
@@ -21,42 +22,8 @@ from sdxl_host.weights.open import open_weights
 from sdxl_host.weights.shapes import expected_shapes
 from sdxl_host.weights.source import Source
 
-Arrays = dict[str, np.ndarray]
-
-
 Usage = namedtuple("Usage", "total used free")
-
-
-POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
-
-
-LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
-
-
-UNET = "model.diffusion_model."
-
-
 OUT = f"{UNET}out.2.weight"
-
-
-def source_of(arrays: Arrays, dtype: str = "fp32", seen: list[str] | None = None) -> Source:
-    """A source that holds the floats in a precision; `seen` gets what is read, in order."""
-    held = {
-        name: array if array.dtype == np.int64 else array.astype(DTYPES[dtype])
-        for name, array in arrays.items()
-    }
-
-    def read(name: str) -> np.ndarray:
-        if seen is not None:
-            seen.append(name)
-        return held[name]
-
-    return Source(
-        shapes={name: array.shape for name, array in held.items()},
-        dtypes={n: "int64" if a.dtype == np.int64 else dtype for n, a in held.items()},
-        read=read,
-        description="w.safetensors",
-    )
 
 
 @pytest.fixture

@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
+from support.weights import source_of
 
-from sdxl_host.files.tensors import DTYPES
 from sdxl_host.weights.architecture import SDXL_BASE, SDXL_REFINER
 from sdxl_host.weights.export import write_single_file
 from sdxl_host.weights.metadata import described, markers, objective
 from sdxl_host.weights.open import open_weights
 from sdxl_host.weights.source import Source
 
-Arrays = dict[str, np.ndarray]
-
-
 BASE = "1.0.0"
-
-
-def source_of(arrays: Arrays, dtype: str = "fp32", seen: list[str] | None = None) -> Source:
-    """A source that holds the floats in a precision; `seen` gets what is read, in order."""
-    held = {
-        name: array if array.dtype == np.int64 else array.astype(DTYPES[dtype])
-        for name, array in arrays.items()
-    }
-
-    def read(name: str) -> np.ndarray:
-        if seen is not None:
-            seen.append(name)
-        return held[name]
-
-    return Source(
-        shapes={name: array.shape for name, array in held.items()},
-        dtypes={n: "int64" if a.dtype == np.int64 else dtype for n, a in held.items()},
-        read=read,
-        description="w.safetensors",
-    )
 
 
 @pytest.fixture

@@ -25,14 +25,8 @@ from sdxl_host.weights.open import open_all, open_weights
 from sdxl_host.weights.source import Source
 
 Arrays = dict[str, np.ndarray]
-
-
 UNET = "model.diffusion_model."
-
-
 POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
-
-
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
 
 

@@ -22,23 +22,11 @@ from sdxl_host.weights.formats.diffusers_configs import from_diffusers
 from sdxl_host.weights.shapes import complete, expected_shapes, infer
 
 REFERENCE = Path(__file__).parents[1] / "reference"
-
-
 SMALL = ("two_levels", "three_levels", "middle_only", "small_refiner")
-
-
 NETWORK = "model.diffusion_model."
-
-
 AUTOENCODER = "first_stage_model."
-
-
 CLIP = "conditioner.embedders.0."
-
-
 BIG_G = "conditioner.embedders.1."
-
-
 Shapes = dict[str, tuple[int, ...]]
 
 

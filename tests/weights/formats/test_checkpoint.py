@@ -13,11 +13,7 @@ from sdxl_host.weights.architecture import Encoder
 from sdxl_host.weights.open import open_weights
 
 UNET = "model.diffusion_model."
-
-
 POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
-
-
 CONFIG = {
     "model": {
         "params": {

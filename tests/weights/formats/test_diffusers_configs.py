@@ -22,11 +22,7 @@ from sdxl_host.weights.architecture import (
 from sdxl_host.weights.formats.diffusers_configs import diffusers_configs, from_diffusers
 
 REFERENCE = Path(__file__).parents[2] / "reference"
-
-
 PACKAGE = Path(__file__).parents[3] / "sdxl_host"
-
-
 SMALL = ("two_levels", "three_levels", "middle_only", "small_refiner")
 
 

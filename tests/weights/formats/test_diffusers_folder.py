@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.weights import LOGIT_SCALE, POSITIONS, UNET, Arrays, cast
 
-from sdxl_host.files.tensors import DTYPES
 from sdxl_host.weights.open import open_weights
 
-Arrays = dict[str, np.ndarray]
-
-
 FLOATS = ("fp16", "bf16", "fp32")
-
-
-UNET = "model.diffusion_model."
-
-
-POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
-
-
-LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
-
-
-def cast(arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
-    """The floats in another precision."""
-    return {
-        name: array if array.dtype == np.int64 else array.astype(DTYPES[dtype])
-        for name, array in arrays.items()
-    }
 
 
 def stem(component: str) -> str:

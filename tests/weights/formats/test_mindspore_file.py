@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 import pytest
+from support.weights import POSITIONS, UNET, cast
 
-from sdxl_host.files.tensors import DTYPES
 from sdxl_host.weights.open import open_weights
-
-Arrays = dict[str, np.ndarray]
-
-
-UNET = "model.diffusion_model."
-
-
-POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
-
-
-def cast(arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
-    """The floats in another precision."""
-    return {
-        name: array if array.dtype == np.int64 else array.astype(DTYPES[dtype])
-        for name, array in arrays.items()
-    }
-
 
 NORM = re.compile(
     r"((in_layers|out_layers)\.0|\.out\.0|\.norm\d?|norm_out|layer_norm\d?|\.ln_(\d|final))\.\w+$"

@@ -5,36 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.weights import POSITIONS, UNET, cast
 
 from sdxl_host.errors import DataError
-from sdxl_host.files.tensors import DTYPES
 from sdxl_host.weights.open import open_weights
 
-Arrays = dict[str, np.ndarray]
-
-
 FLOATS = ("fp16", "bf16", "fp32")
-
-
-UNET = "model.diffusion_model."
-
-
-POSITIONS = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
-
-
-def cast(arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
-    """The floats in another precision."""
-    return {
-        name: array if array.dtype == np.int64 else array.astype(DTYPES[dtype])
-        for name, array in arrays.items()
-    }
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
