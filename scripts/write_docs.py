@@ -36,8 +36,8 @@ from sdxl_host.hookspecs import HOOKS, hookimpl
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed, find, fitting, import_class
 from sdxl_host.plugins.roles import implementations
+from sdxl_host.settings.declarations import SCHEMAS, SETTINGS, UNBUILT
 from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import SCHEMAS, SETTINGS, UNBUILT
 from sdxl_host.settings.targets import TARGETS
 from sdxl_host.testing.runs import only
 

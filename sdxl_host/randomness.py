@@ -28,6 +28,9 @@ class Stream(IntEnum):
     ORDER = 7
     INITIAL_WEIGHTS = 8
     SAMPLING = 9
+    CAPTION = 10
+    VARIANT = 11
+    VARIANT_CROP = 12
 
 
 def generator(seed: int, stream: Stream, step: int, position: int = 0) -> np.random.Generator:

@@ -106,7 +106,7 @@ def test_every_command_of_the_help_can_be_called(capsys):
 
 
 def test_the_help_of_train_names_every_flag(site, capsys):
-    from sdxl_host.settings.schema import FLAGS, UNBUILT
+    from sdxl_host.settings.declarations import FLAGS, UNBUILT
 
     site.add("ash", SIZE)
     assert main(["train", "--help"]) == 0

@@ -164,13 +164,10 @@ def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
 
 def _other_sections(config: RunConfig) -> tuple[Text2ImageDataset, list[str]]:
     """The dataset, and the optimizer's notes. Raises HostError for what is wrong with either."""
-    from omegaconf import OmegaConf
-
-    from sdxl_host.settings.targets import build
+    from sdxl_host.data.dataset import make_dataset
     from sdxl_host.training.optimizer import configured
 
-    node = OmegaConf.to_container(config.tree.data.dataset_config)
-    dataset = build(node, "dataset", "data.dataset_config")
+    dataset = make_dataset(config.data)
     optimizer, _ = configured(config.optim, config.data.total_step)
     return dataset, optimizer.notes()
 
@@ -187,7 +184,7 @@ def _check_fit(parts: Sequence[Part], source: Source) -> None:
 def _caption_facts(hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[Fact]:
     from sdxl_host.planning.captions import caption_lengths
 
-    lengths = caption_lengths(hooks, model.encoders, dataset.images)
+    lengths = caption_lengths(hooks, model.encoders, dataset.all_captions())
     longest = max(lengths, key=lambda length: length.tokens)
     cut = sorted((each for each in lengths if each.lost), key=lambda each: -each.lost)
     whose = " of the images that the package carries" if dataset.is_demo else ""

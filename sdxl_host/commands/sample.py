@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sdxl_host.commands.flags import Command
 from sdxl_host.commands.printer import show
 from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.settings.declarations import MAX_SEED
 from sdxl_host.settings.options import option
-from sdxl_host.settings.schema import MAX_SEED
 
 if TYPE_CHECKING:
     from sdxl_host.sampling.pipeline import ImageSampler
@@ -161,7 +161,7 @@ def _check(flags: Flags, rest: Sequence[str]) -> None:
 
 def _check_for_training(word: str) -> None:
     """Raises ConfigError for a setting of training that drawing has no use for."""
-    from sdxl_host.settings.schema import FLAGS, SCHEMAS, SETTINGS, UNBUILT
+    from sdxl_host.settings.declarations import FLAGS, SCHEMAS, SETTINGS, UNBUILT
 
     name = word.partition("=")[0]
     if name.startswith("--"):

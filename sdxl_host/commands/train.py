@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sdxl_host.commands.flags import flag_row, wants_help
 from sdxl_host.commands.printer import definitions, paragraph, show
 from sdxl_host.config.load import RunConfig, load
-from sdxl_host.settings.schema import FLAGS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS, UNBUILT
 from sdxl_host.settings.values import type_name
 
 __all__ = ["train"]

@@ -16,9 +16,9 @@ from sdxl_host.config.mindone import OLD_FLAGS
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.plugins.discovery import normalize
 from sdxl_host.plugins.selection_and_order import Selection
+from sdxl_host.settings.declarations import FLAGS, SETTINGS, UNBUILT
 from sdxl_host.settings.facts import Setting
 from sdxl_host.settings.options import first_line
-from sdxl_host.settings.schema import FLAGS, SETTINGS, UNBUILT
 from sdxl_host.settings.values import (
     parse,
     parse_yaml,

@@ -28,8 +28,8 @@ from sdxl_host.config.yaml_files import (
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.plugins.discovery import Installed, normalize
 from sdxl_host.plugins.selection_and_order import SelectedPlugin, Selection
+from sdxl_host.settings.declarations import SCHEMAS, DataSettings, OptimSettings, TrainSettings
 from sdxl_host.settings.options import build_options
-from sdxl_host.settings.schema import SCHEMAS, DataSettings, OptimSettings, TrainSettings
 from sdxl_host.settings.values import parse_yaml, union_members
 
 __all__ = ["RunConfig", "image_size", "load", "load_model", "restore"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_host.config.layers import Layers
 from sdxl_host.errors import ConfigError
-from sdxl_host.settings.schema import SETTINGS, TrainSettings
+from sdxl_host.settings.declarations import SETTINGS, TrainSettings
 
 __all__ = ["no_effect_lines"]
 

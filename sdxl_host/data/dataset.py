@@ -4,42 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
-from sdxl_host.data.folder import Captioned, read_folder
+from sdxl_host.data.captioned import Captioned
+from sdxl_host.data.captions import Captions
+from sdxl_host.data.decode import decode, decoded_size, header_size
+from sdxl_host.data.folder import read_folder
 from sdxl_host.data.transforms import Transform
 from sdxl_host.errors import DataError, did_you_mean
+from sdxl_host.settings.declarations import DataSettings
 from sdxl_host.settings.targets import build
 
-__all__ = ["DEMO_IMAGES", "Sample", "Text2ImageDataset"]
+__all__ = ["DEMO_IMAGES", "Sample", "Text2ImageDataset", "make_dataset"]
 
 DEMO_IMAGES = Path(__file__).parent / "demo"
 
 # Up to this many images are decoded once before a run starts; of more, only the headers are read.
 _DECODED_AT_START = 1000
 
-# EXIF orientations that exchange width and height.
-_TURNED = (5, 6, 7, 8)
-
 
 @dataclass(frozen=True)
 class Sample:
     """One image as a training step uses it.
 
-    name: its id. caption: its text. pixels: (3, target, target) float32 in [-1, 1].
-    sizes: (height, width) or (top, left) pairs, and the score, by embedder key.
+    name: its id. pixels: (3, H, W) float32 in [-1, 1]; of an image whose latents are kept, in
+    their place moments, what the first stage's `moments` gave. sizes: (height, width) or
+    (top, left) pairs, and the score, by embedder key.
     """
 
     name: str
-    caption: str
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     sizes: dict[str, tuple[float, ...]]
+    moments: np.ndarray | None = None
 
 
 class Text2ImageDataset:
@@ -69,7 +69,8 @@ class Text2ImageDataset:
         self.aesthetic_score = float(aesthetic_score)
         self.is_demo = not data_path
         self.target_size = target_size
-        self.images = read_folder(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
+        self.captions = Captions()
+        self.images = self.list_images(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
         if only is not None:
             if not only:
                 raise ValueError(
@@ -89,12 +90,17 @@ class Text2ImageDataset:
             build(node, "transform", f"{where}[{index}]") for index, node in enumerate(transforms)
         ]
 
+    def list_images(self, source: Path) -> list[Captioned]:
+        """The images of the source, in the order in which they are numbered. Another dataset than
+        the host's can bring its own."""
+        return read_folder(source)
+
     def __len__(self) -> int:
         return len(self.images)
 
     def check(self, threads: Executor) -> None:
         """Opens every image. Raises DataError naming the first that can't be read."""
-        size = _decoded_size if len(self) <= _DECODED_AT_START else _header_size
+        size = decoded_size if len(self) <= _DECODED_AT_START else header_size
         self._heights_and_widths = list(threads.map(size, self.images))
 
     def typical_size(self) -> tuple[int, int]:
@@ -102,10 +108,19 @@ class Text2ImageDataset:
         height, width = np.median(self._heights_and_widths, axis=0).astype(int)
         return int(height), int(width)
 
+    def all_captions(self) -> Iterator[tuple[str, list[str]]]:
+        """Each image's name, and every caption that a step may have of it."""
+        for image in self.images:
+            yield image.name, self.captions.variants(image)
+
+    def caption(self, index: int, generator: np.random.Generator) -> str:
+        """The caption of image `index` in one step; what is chosen in it is drawn."""
+        return self.captions.draw(self.images[index], generator)
+
     def sample(self, index: int, generator: np.random.Generator) -> Sample:
         """Image `index`; its random crop is drawn from `generator`."""
         entry = self.images[index]
-        image = _decode(entry)
+        image = decode(entry)
         target = (self.target_size, self.target_size)
         sample: dict[str, Any] = {
             "image": np.asarray(image),
@@ -132,53 +147,10 @@ class Text2ImageDataset:
                 f"{pixels.shape} of {entry.name}, not float32 {(3, *target)}; resize and crop "
                 "to target_size, rescale and transpose"
             )
-        return Sample(entry.name, entry.caption, pixels, sample)
+        return Sample(entry.name, pixels, sample)
 
 
-def _decoded_size(entry: Captioned) -> tuple[int, int]:
-    """(height, width) of the whole image, read to its end."""
-    image = _decode(entry)
-    return image.height, image.width
-
-
-def _header_size(entry: Captioned) -> tuple[int, int]:
-    """(height, width) after the EXIF rotation, from the file's header alone."""
-    with _opened(entry) as image:
-        # Not image.getexif(), which for a PNG would decode all of it.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-        width, height = image.size
-    return (width, height) if orientation in _TURNED else (height, width)
-
-
-def _decode(entry: Captioned) -> Image.Image:
-    """The image in RGB, rotated by its EXIF orientation, transparent parts on white."""
-    with _opened(entry) as image:
-        upright = _eight_bits(ImageOps.exif_transpose(image))
-        if "A" in upright.getbands() or "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright)
-        return upright.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8, because Pillow would clip it; other images as they are."""
-    if not image.mode.startswith("I"):
-        return image
-    levels = np.asarray(image)
-    grey = np.rint(levels / 257).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        grey[levels == transparent] = 255
-    return Image.fromarray(grey)
-
-
-@contextmanager
-def _opened(entry: Captioned) -> Iterator[Image.Image]:
-    try:
-        with Image.open(entry.file) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{entry.file}: can't be read as an image ({error}); replace or remove it"
-        ) from error
+def make_dataset(settings: DataSettings) -> Text2ImageDataset:
+    """The dataset that the section `data` describes. Raises HostError."""
+    dataset: Text2ImageDataset = build(settings.dataset_config, "dataset", "data.dataset_config")
+    return dataset

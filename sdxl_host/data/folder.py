@@ -6,31 +6,21 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from sdxl_host.data.captioned import Captioned
 from sdxl_host.errors import DataError
 
-__all__ = ["Captioned", "read_folder"]
+__all__ = ["read_folder"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """One image: its name inside the folder, which is its id, its file and its caption."""
-
-    name: str
-    file: Path
-    caption: str
 
 
 def read_folder(folder: Path) -> list[Captioned]:
     """The captioned images of a folder, sorted by name.
 
     Captions come from `metadata.jsonl` (`file_name`, `text`), else from the folder's one `.csv`
-    (`dir`, `text`), else from a `.txt` file beside each image, in subfolders too. Whitespace in
-    them, line ends included, becomes single spaces.
+    (`dir`, `text`), else from a `.txt` file beside each image, in subfolders too.
     Raises DataError, naming file and remedy, for a folder without images, a caption without its
     image and an image without its caption.
     """
@@ -103,7 +93,7 @@ def _from_row(table: Path, number: int, row: object, image: str, caption: str) -
             f"{table}, line {number}: names the image {row[image]}, which is not there; add "
             "the image or remove the line"
         )
-    return Captioned(row[image], file, _one_line(row[caption]))
+    return Captioned(row[image], str(file), row[caption])
 
 
 def _from_sidecars(folder: Path) -> Iterator[Captioned]:
@@ -118,15 +108,11 @@ def _from_sidecars(folder: Path) -> Iterator[Captioned]:
         if not sidecar.is_file():
             raise DataError(f"{image}: has no caption; write one to {sidecar.name} beside it")
         name = image.relative_to(folder).as_posix()
-        yield Captioned(name, image, _one_line(_text(sidecar)))
+        yield Captioned(name, str(image), _text(sidecar))
 
 
 def _spellings(images: set[Path]) -> set[str]:
     return {image.suffix for image in images}
-
-
-def _one_line(caption: str) -> str:
-    return " ".join(caption.split())
 
 
 def _text(file: Path) -> str:

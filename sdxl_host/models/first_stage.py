@@ -1,8 +1,8 @@
 """The first stage: pixels to latents and back.
 
 A first stage has `channels` of a latent, `downsampling` (an image's side over its latent's),
-`is_sampled` (whether `encode` takes noise), `encode`, `decode`, `cell` (its network, or None) and
-`keeps_float32` (whether it does at every precision level).
+`is_sampled` (whether `latents` takes noise), `moments`, `latents`, `encode`, `decode`, `cell` (its
+network, or None) and `keeps_float32` (whether it does at every precision level).
 """
 
 # MindSpore declares that calling a cell may give None.
@@ -25,7 +25,21 @@ __all__ = ["AutoencoderKLInferenceWrapper", "IdentityFirstStage"]
 _LOG_VARIANCE = (-30.0, 20.0)
 
 
-class IdentityFirstStage:
+class _FirstStage:
+    """What every first stage has."""
+
+    def moments(self, pixels: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def latents(self, moments: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        raise NotImplementedError
+
+    def encode(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w), as `latents` says."""
+        return self.latents(self.moments(pixels), noise)
+
+
+class IdentityFirstStage(_FirstStage):
     """Pixels are the latents: diffusion in pixel space, for small models without an autoencoder."""
 
     channels = 3
@@ -37,16 +51,20 @@ class IdentityFirstStage:
     def __init__(self, scale_factor: float) -> None:
         self.scale_factor = scale_factor
 
-    def encode(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        """pixels (B, 3, H, W) float32 in [-1, 1] -> latents of the same shape."""
-        return pixels * np.float32(self.scale_factor)
+    def moments(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels (B, 3, H, W) float32 in [-1, 1] -> what `latents` takes: the pixels."""
+        return pixels
+
+    def latents(self, moments: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """moments (B, 3, H, W) -> latents of the same shape; nothing is sampled."""
+        return moments * np.float32(self.scale_factor)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """latents (B, 3, H, W) -> pixels of the same shape."""
         return latents / np.float32(self.scale_factor)
 
 
-class AutoencoderKLInferenceWrapper:
+class AutoencoderKLInferenceWrapper(_FirstStage):
     """SDXL's autoencoder, frozen, behind a numpy interface.
 
     Images are taken one at a time: a latent is the same bit for bit whatever batch it is in, and
@@ -66,13 +84,17 @@ class AutoencoderKLInferenceWrapper:
         self.channels = self.cell.channels
         self.downsampling = self.cell.downsampling
 
-    def encode(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        """pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w) float32, scaled.
+    def moments(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels (B, 3, H, W) float32 in [-1, 1] -> mean and log variance of the posterior,
+        (B, 2 C, h, w) float32, unscaled."""
+        rows = [self.cell.moments(Tensor(row[None], ms.float32)).asnumpy() for row in pixels]
+        return np.concatenate(rows).astype(np.float32)
+
+    def latents(self, moments: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """moments (B, 2 C, h, w) -> latents (B, C, h, w) float32, scaled.
 
         noise: unit noise (B, C, h, w) to sample the posterior with; None gives its mean.
         """
-        rows = [self.cell.moments(Tensor(row[None], ms.float32)).asnumpy() for row in pixels]
-        moments = np.concatenate(rows).astype(np.float32)
         mean, log_variance = np.split(moments, 2, axis=1)
         if noise is not None:
             mean = mean + np.exp(0.5 * np.clip(log_variance, *_LOG_VARIANCE)) * noise

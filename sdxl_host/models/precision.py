@@ -18,7 +18,7 @@ from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import ConfigError
 from sdxl_host.models.attention import CrossAttention
 from sdxl_host.models.layers import Conv2d, Dense
-from sdxl_host.settings.schema import TrainSettings
+from sdxl_host.settings.declarations import TrainSettings
 
 __all__ = [
     "LARGEST_LOSS_SCALE",

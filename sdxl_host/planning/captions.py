@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_host.data.folder import Captioned
 from sdxl_host.diffusion.conditioning import TextEncoder, TextEncoders
 from sdxl_host.plugins.hooks import Hooks
 
@@ -73,10 +72,12 @@ class CaptionLength:
 
 
 def caption_lengths(
-    hooks: Hooks, encoders: TextEncoders, images: Iterable[Captioned]
+    hooks: Hooks, encoders: TextEncoders, captions: Iterable[tuple[str, Sequence[str]]]
 ) -> list[CaptionLength]:
     """Tokens of each caption and those that are cut off, whichever plugin encodes prompts.
 
+    captions: of each image its name and the captions that it may have, of which the one that loses
+    most counts.
     `encode_prompt` is called with encoders that only keep the ids they are given. Lost is what was
     tokenized and reached no `encode`; of several encoders the one that loses most counts.
     """
@@ -84,13 +85,15 @@ def caption_lengths(
     recording = TextEncoders(recorders)
     known: dict[str, tuple[int, int]] = {}
     lengths = []
-    for image in images:
-        if image.caption not in known:
-            for recorder in recorders:
-                recorder.clear()
-            hooks.encode_prompt([image.caption], recording)
-            known[image.caption] = _length(image.caption, recorders)
-        lengths.append(CaptionLength(image.name, *known[image.caption]))
+    for name, variants in captions:
+        for caption in variants:
+            if caption not in known:
+                for recorder in recorders:
+                    recorder.clear()
+                hooks.encode_prompt([caption], recording)
+                known[caption] = _length(caption, recorders)
+        worst = max((known[caption] for caption in variants), key=lambda each: each[::-1])
+        lengths.append(CaptionLength(name, *worst))
     return lengths
 
 

@@ -5,6 +5,8 @@ Nothing here depends on a hook, so the next step's batch is prepared in a thread
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +16,15 @@ from sdxl_host.data.dataset import Sample, Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.randomness import Stream, generator, normals, uniforms
 
-__all__ = ["Batch", "Batches"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Load",
+    "crop_generator",
+    "fixed_crops",
+    "fresh_crops",
+    "variant",
+]
 
 
 @dataclass(frozen=True)
@@ -22,21 +32,54 @@ class Batch:
     """What a rank needs of one step: its S of the G samples, and what hooks see of all G.
 
     Of all G samples: ids, the images' names; level_u (G,), uniforms for the noise levels. Of this
-    rank's S, in their order: captions; pixels (S, 3, H, W) float32; sizes, (S, 2) for each size
-    key; noise (S, C, h, w) float32, unit noise with its offset; posterior, unit noise of that shape
-    for a first stage that samples its latents, else None; dropout_u (S,), uniforms for caption
-    dropout.
+    rank's S, in their order: captions; pixels (S, 3, H, W) float32, or moments (S, ...), what the
+    first stage's `moments` gave of them before; sizes, (S, 2) for each size key; noise
+    (S, C, h, w) float32, unit noise with its offset; posterior, unit noise of that shape for a
+    first stage that samples its latents, else None; dropout_u (S,), uniforms for caption dropout.
     """
 
     step: int
     ids: list[str]
     level_u: np.ndarray
     captions: list[str]
-    pixels: np.ndarray
+    pixels: np.ndarray | None
+    moments: np.ndarray | None
     sizes: dict[str, np.ndarray]
     noise: np.ndarray
     posterior: np.ndarray | None
     dropout_u: np.ndarray
+
+
+# The sample of an image: its index, the step, and its position in the global batch.
+Load = Callable[[int, int, int], Sample]
+
+
+def fresh_crops(dataset: Text2ImageDataset, seed: int) -> Load:
+    """Samples whose random crop is drawn in every step anew."""
+    return lambda index, step, position: dataset.sample(
+        index, generator(seed, Stream.CROP, step, position)
+    )
+
+
+def fixed_crops(dataset: Text2ImageDataset, seed: int, count: int) -> Load:
+    """Samples that have one of `count` random crops an image, as latents that are kept have."""
+
+    def load(index: int, step: int, position: int) -> Sample:
+        chosen = variant(seed, count, step, position)
+        return dataset.sample(index, crop_generator(seed, dataset.images[index].name, chosen))
+
+    return load
+
+
+def variant(seed: int, count: int, step: int, position: int) -> int:
+    """Which of an image's `count` fixed crops a step has."""
+    return int(generator(seed, Stream.VARIANT, step, position).integers(count))
+
+
+def crop_generator(seed: int, name: str, variant: int) -> np.random.Generator:
+    """What the fixed crop `variant` of the image `name` is drawn from."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return generator(seed, Stream.VARIANT_CROP, variant, int.from_bytes(digest, "big"))
 
 
 class Batches:
@@ -45,7 +88,8 @@ class Batches:
     positions: this rank's samples within the global batch. latent_shape: (C, h, w) of the noise.
     offset_noise_level: standard deviation of the constant added to each channel's noise.
     is_sampled: whether the first stage takes noise. threads: how many load images. total: the last
-    step. ahead: how many batches after the one in use are prepared beside it.
+    step. ahead: how many batches after the one in use are prepared beside it. load: gives the
+    sample of an image in a step, by default with a crop of its own.
     """
 
     def __init__(
@@ -61,6 +105,7 @@ class Batches:
         threads: int,
         total: int,
         ahead: int = 1,
+        load: Load | None = None,
     ) -> None:
         self._dataset = dataset
         self._order = order
@@ -71,6 +116,7 @@ class Batches:
         self._is_sampled = is_sampled
         self._total = total
         self._ahead = ahead
+        self._load = load or fresh_crops(dataset, seed)
         self._loaders = ThreadPoolExecutor(threads, "images")
         self._preparer = ThreadPoolExecutor(1, "batches")
         self._prepared: dict[int, Future[Batch]] = {}
@@ -94,14 +140,17 @@ class Batches:
     def make(self, step: int) -> Batch:
         """The batch of `step`, from 1. Raises DataError naming an image that can't be read."""
         indices, positions = self._order.indices(step), self._positions
-        samples: list[Sample] = list(
+        samples = list(
             self._loaders.map(
-                lambda position: self._dataset.sample(
-                    indices[position], generator(self._seed, Stream.CROP, step, position)
-                ),
-                positions,
+                lambda position: self._load(indices[position], step, position), positions
             )
         )
+        captions = [
+            self._dataset.caption(
+                indices[position], generator(self._seed, Stream.CAPTION, step, position)
+            )
+            for position in positions
+        ]
         noise = normals(self._seed, Stream.NOISE, step, positions, self._latent_shape)
         if self._offset:
             # Part of the noise itself, in the network's input and in its target alike.
@@ -114,8 +163,9 @@ class Batches:
             step=step,
             ids=[self._dataset.images[index].name for index in indices],
             level_u=uniforms(self._seed, Stream.NOISE_LEVEL, step, range(len(indices))),
-            captions=[sample.caption for sample in samples],
-            pixels=np.stack([sample.pixels for sample in samples]),
+            captions=captions,
+            pixels=_stacked([sample.pixels for sample in samples]),
+            moments=_stacked([sample.moments for sample in samples]),
             sizes={
                 key: np.asarray([sample.sizes[key] for sample in samples])
                 for key in samples[0].sizes
@@ -129,3 +179,9 @@ class Batches:
         """Ends the threads."""
         self._preparer.shutdown(wait=True, cancel_futures=True)
         self._loaders.shutdown(wait=True, cancel_futures=True)
+
+
+def _stacked(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Arrays of one shape as one, or None where there are none."""
+    found = [array for array in arrays if array is not None]
+    return np.stack(found) if found else None

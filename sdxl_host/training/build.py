@@ -6,14 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from sdxl_host.checkpoints.layout import CHECKPOINTS
 from sdxl_host.config.load import RunConfig
-from sdxl_host.data.dataset import Text2ImageDataset
+from sdxl_host.data.dataset import Text2ImageDataset, make_dataset
 from sdxl_host.data.order import Order
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.models.precision import (
@@ -25,9 +25,8 @@ from sdxl_host.models.precision import (
 )
 from sdxl_host.plugins.hooks import Hooks, make_hooks
 from sdxl_host.sampling.pipeline import Conditions, ImageSampler
-from sdxl_host.settings.targets import build
 from sdxl_host.training import data_sink, summary
-from sdxl_host.training.batches import Batches
+from sdxl_host.training.batches import Batches, fixed_crops
 from sdxl_host.training.compile_cache import CompileCache
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.ema import EMA
@@ -71,9 +70,7 @@ def make_trainer(
 
     # What is cheap to get wrong comes first.
     check_precision(settings)
-    dataset: Text2ImageDataset = build(
-        OmegaConf.to_container(config.tree.data.dataset_config), "dataset", "data.dataset_config"
-    )
+    dataset = make_dataset(config.data)
     rank_size = config.data.per_batch_size * settings.gradient_accumulation_steps
     batch_size = rank_size * ranks.world_size
     checkpoint, changes = find_checkpoint(
@@ -199,7 +196,7 @@ def _make_batches(
     positions: range,
 ) -> Batches:
     """What each step takes from the data and from chance, on this rank."""
-    settings, first_stage = config.train, model.first_stage
+    settings, first_stage, crops = config.train, model.first_stage, config.data.crops_per_image
     side = dataset.target_size // first_stage.downsampling
     return Batches(
         dataset,
@@ -212,6 +209,7 @@ def _make_batches(
         threads=config.data.num_parallel_workers,
         total=config.data.total_step,
         ahead=settings.sink_size if settings.data_sink else 1,
+        load=fixed_crops(dataset, settings.seed, crops) if crops else None,
     )
 
 
@@ -255,7 +253,7 @@ def _make_grids(
         dataset.typical_size(),
         aesthetic_score=dataset.aesthetic_score,
     )
-    first = [image.caption for image in dataset.images[: settings.sample_count]]
+    first = [variants[0] for _, variants in islice(dataset.all_captions(), settings.sample_count)]
     return Grids(
         partial(ImageSampler, hooks, model, conditions, settings.ms_mode == 1, graphs.compiled),
         list(settings.sample_prompts) or first,

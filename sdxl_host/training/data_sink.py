@@ -147,7 +147,9 @@ class FixedCaptions:
     """
 
     def __init__(self, hooks: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> None:
-        captions = list(dict.fromkeys(image.caption for image in dataset.images))
+        captions = list(
+            dict.fromkeys(c for _, variants in dataset.all_captions() for c in variants)
+        )
         if len(captions) > _MOST_CAPTIONS:
             raise ConfigError(
                 f"--data_sink True: embeddings must be there beforehand, and of {len(captions):,} "

@@ -51,7 +51,8 @@ class Encoder:
     def __call__(self, batch: Batch, six: Coefficients) -> Iterator[tuple[np.ndarray, ...]]:
         """What the step takes of each of this rank's batches in turn, in float32, in the order of
         `TrainStep.construct`. six: the numbers of all G samples."""
-        model, numbers = self._model, six.stacked()[:, self._positions]
+        model, first_stage = self._model, self._model.first_stage
+        numbers = six.stacked()[:, self._positions]
         for start in range(0, len(batch.captions), self._size):
             part = slice(start, start + self._size)
             embedding = self._encode_prompts(batch.captions[part])
@@ -59,7 +60,12 @@ class Encoder:
             vector = model.conditioner.vector(embedding, sizes)
             embedding, vector = model.conditioner.drop(embedding, vector, batch.dropout_u[part])
             posterior = None if batch.posterior is None else batch.posterior[part]
-            latents = model.first_stage.encode(batch.pixels[part], posterior)
+            if batch.pixels is not None:
+                moments = first_stage.moments(batch.pixels[part])
+            else:
+                assert batch.moments is not None  # one of the two is there
+                moments = batch.moments[part]
+            latents = first_stage.latents(moments, posterior)
             arrays = (
                 *(latents, batch.noise[part], numbers[:, part]),
                 *(embedding.context, vector, embedding.attended()),

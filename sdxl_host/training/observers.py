@@ -25,7 +25,7 @@ from sdxl_host.plugins.step_result import StepResult, TrainerView
 from sdxl_host.sampling.grid import save_grid
 from sdxl_host.sampling.pipeline import ImageSampler
 from sdxl_host.sampling.samplers import none_if_auto
-from sdxl_host.settings.schema import TrainSettings
+from sdxl_host.settings.declarations import TrainSettings
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.signals import Interruption
 from sdxl_host.training.state import RunState

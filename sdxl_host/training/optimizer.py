@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from sdxl_host.errors import ConfigError
-from sdxl_host.settings.schema import OptimSettings
+from sdxl_host.settings.declarations import OptimSettings
 from sdxl_host.settings.targets import build
 from sdxl_host.training.lr_schedulers import learning_rates
 

@@ -14,8 +14,8 @@ from sdxl_host.checkpoints.layout import CHECKPOINTS, OPTIMIZER_FILE, STATE_FILE
 from sdxl_host.checkpoints.open import Checkpoint, find_latest, open_checkpoint
 from sdxl_host.config.load import RunConfig
 from sdxl_host.errors import ConfigError, DataError, in_brief
+from sdxl_host.settings.declarations import SCHEMAS, SETTINGS, TrainSettings
 from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import SCHEMAS, SETTINGS, TrainSettings
 from sdxl_host.training.optimizer import configured
 from sdxl_host.training.run_folder import started_from
 

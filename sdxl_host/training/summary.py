@@ -21,7 +21,7 @@ from sdxl_host.models.attention import attention_in_use
 from sdxl_host.models.precision import half_notes, is_half, precision_line
 from sdxl_host.planning import curves
 from sdxl_host.plugins.hooks import Hooks
-from sdxl_host.settings.schema import TrainSettings
+from sdxl_host.settings.declarations import TrainSettings
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.state import RunState
 from sdxl_host.weights.networks import weight_rows
@@ -156,7 +156,7 @@ def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint
 
 def samples_of(batch_size: int, dataset: Text2ImageDataset) -> dict[str, Any]:
     """What decides, beside the settings, which samples a step takes; the same when resumed."""
-    data = [(image.name, image.caption) for image in dataset.images]
+    data = [(image.name, image.text) for image in dataset.images]
     return {
         "samples of an update": batch_size,
         "images and captions": hashlib.sha256(repr(data).encode("utf-8")).hexdigest()[:12],

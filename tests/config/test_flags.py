@@ -20,8 +20,8 @@ from sdxl_host.commands.train import train as train_command
 from sdxl_host.config import mindone
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError
+from sdxl_host.settings.declarations import FLAGS, SCHEMAS, UNBUILT
 from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import FLAGS, SCHEMAS, UNBUILT
 from sdxl_host.settings.targets import TARGETS, Target
 
 TESTS = Path(__file__).parents[1]

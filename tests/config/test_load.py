@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from sdxl_host.config.load import load, restore
 from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.errors import ConfigError, HostError
-from sdxl_host.settings.schema import FLAGS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS, UNBUILT
 
 # No plugin is installed as far as these tests see.
 pytestmark = pytest.mark.usefixtures("site")

@@ -19,7 +19,7 @@ from sdxl_host.config.load import load
 from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.errors import ConfigError
 from sdxl_host.settings import targets
-from sdxl_host.settings.schema import FLAGS, SCHEMAS, SETTINGS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS, SCHEMAS, SETTINGS, UNBUILT
 
 DOCS = Path(__file__).parents[2] / "docs"
 TINY = ["--config", str(packaged_configs() / "tiny.yaml"), "--plugins", "none"]

@@ -14,7 +14,7 @@ from sdxl_host.config.load import load
 from sdxl_host.config.no_effect import _OF_PARAMS
 from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.errors import ConfigError
-from sdxl_host.settings.schema import SETTINGS
+from sdxl_host.settings.declarations import SETTINGS
 
 # No plugin is installed as far as these tests see.
 pytestmark = pytest.mark.usefixtures("site")

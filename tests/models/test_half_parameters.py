@@ -26,7 +26,7 @@ from sdxl_host.models.precision import (
     set_precision,
 )
 from sdxl_host.models.unet import UNetModel
-from sdxl_host.settings.schema import TrainSettings
+from sdxl_host.settings.declarations import TrainSettings
 from sdxl_host.training.build import make_trainer
 from sdxl_host.training.optimizer import AdamW
 from sdxl_host.training.step import StepRunner, TrainStep

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdxl_host.data.folder import Captioned
 from sdxl_host.diffusion.conditioning import TextEncoders
 from sdxl_host.planning.captions import Recorder, caption_lengths
 
@@ -37,10 +35,10 @@ class OneHook:
 
 def lengths(encode: Any, *captions: str, encoders: Sequence[Any] = ()) -> list[tuple[int, int]]:
     """(tokens, lost) of each caption when `encode` answers encode_prompt."""
-    shown = [Captioned(f"{i}.png", Path(), caption) for i, caption in enumerate(captions)]
+    shown = [(f"{i}.png", [caption]) for i, caption in enumerate(captions)]
     encoders = TextEncoders(list(encoders) or [Words(902, 0), Words()])
     found = caption_lengths(OneHook(encode), encoders, shown)
-    assert [each.name for each in found] == [each.name for each in shown]
+    assert [each.name for each in found] == [name for name, _ in shown]
     return [(each.tokens, each.lost) for each in found]
 
 

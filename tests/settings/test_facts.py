@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_host.settings.facts import Needs, Setting, setting, settings_of
-from sdxl_host.settings.options import build_options, describe, option
-from sdxl_host.settings.schema import (
+from sdxl_host.settings.declarations import (
     FLAGS,
     SCHEMAS,
     SETTINGS,
@@ -17,6 +15,8 @@ from sdxl_host.settings.schema import (
     TrainSettings,
     UnbuiltSettings,
 )
+from sdxl_host.settings.facts import Needs, Setting, setting, settings_of
+from sdxl_host.settings.options import build_options, describe, option
 
 NEEDS = Needs(lambda section: section.switch, "switch is off", "use --switch True")
 

@@ -347,9 +347,11 @@ class Lengths:
 def fixed(hook: Lengths, count: int) -> data_sink.FixedCaptions:
     """The embeddings of the captions "0", "1", ... of twice as many images."""
     encoders = [SimpleNamespace(width=4, pooled_width=2)]
-    images = [SimpleNamespace(caption=str(index % count)) for index in range(2 * count)]
+    captions = [("", [str(index % count)]) for index in range(2 * count)]
     model: Any = SimpleNamespace(encoders=encoders)
-    return data_sink.FixedCaptions(Hooks(hook), model, cast(Any, SimpleNamespace(images=images)))
+    return data_sink.FixedCaptions(
+        Hooks(hook), model, cast(Any, SimpleNamespace(all_captions=lambda: captions))
+    )
 
 
 @pytest.mark.parametrize("masked", [0, 3])
@@ -375,8 +377,8 @@ def test_contexts_of_several_lengths_are_refused() -> None:
 
 
 def test_more_captions_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [SimpleNamespace(caption=str(index)) for index in range(3)]
-    dataset: Any = SimpleNamespace(images=images)
+    captions = [("", [str(index)]) for index in range(3)]
+    dataset: Any = SimpleNamespace(all_captions=lambda: captions)
     monkeypatch.setattr(data_sink, "_MOST_CAPTIONS", 2)
     with pytest.raises(ConfigError, match="of 3 captions there are too many"):
         data_sink.FixedCaptions(Hooks(object()), SimpleNamespace(encoders=None), dataset)  # type: ignore[arg-type]

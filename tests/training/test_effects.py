@@ -328,7 +328,7 @@ def test_what_the_grids_are_drawn_with(run: Callable[..., Run], plain: Run) -> N
     assert {key: grid[key] for key in own} == own
     assert grid["step"] == 3
     (more,) = run("--sample_count=3", "--total_step=1").grids
-    captions = [image.caption for image in plain.trainer.dataset.images]
+    captions = [image.text for image in plain.trainer.dataset.images]
     assert (grid["prompts"], more["prompts"]) == (captions[:1], captions[:3])
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sdxl_host.config.load import load
 from sdxl_host.errors import ConfigError
-from sdxl_host.settings.schema import OptimSettings
+from sdxl_host.settings.declarations import OptimSettings
 from sdxl_host.settings.targets import build
 from sdxl_host.training.lr_schedulers import (
     CosineScheduler,

@@ -285,6 +285,13 @@ class DataSettings:
         False, help="processes instead of threads; only False so far", touches="speed"
     )
     shuffle: bool = setting(True, help="a new order in every epoch", touches="numbers")
+    crops_per_image: int = setting(
+        0,
+        help="random crops that an image has, of which a step takes one; 0: a new one every step",
+        minimum=0,
+        touches="numbers",
+        flag=True,
+    )
 
     def __post_init__(self) -> None:
         if self.python_multiprocessing:
