@@ -31,6 +31,7 @@ class Stream(IntEnum):
     CAPTION = 10
     VARIANT = 11
     VARIANT_CROP = 12
+    BATCHES = 13
 
 
 def generator(seed: int, stream: Stream, step: int, position: int = 0) -> np.random.Generator:

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Tables, which grow with what they list.
 TABLES = {
+    "sdxl_host/settings/declarations.py": "every setting",
     "sdxl_host/weights/formats/diffusers_configs.py": "every key of diffusers' configs",
     "tests/plugins/test_broken_plugins.py": "every kind of broken plugin",
 }

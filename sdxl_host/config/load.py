@@ -81,7 +81,8 @@ def restore(path: Path) -> RunConfig:
 
 def image_size(config: RunConfig) -> tuple[int, int]:
     """(height, width) in pixels of the images that the config's model is trained on."""
-    side = config.data.dataset_config.get("params", {}).get("target_size", 1024)
+    params = config.data.dataset_config.get("params", {})
+    side = config.data.resolution or params.get("target_size", 1024)
     return side, side
 
 

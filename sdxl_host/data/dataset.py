@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_host.data.buckets import bucket_sizes, crop_losses, nearest
 from sdxl_host.data.captioned import Captioned
 from sdxl_host.data.captions import Captions
 from sdxl_host.data.decode import decode, decoded_size, header_size
@@ -69,6 +70,10 @@ class Text2ImageDataset:
         self.aesthetic_score = float(aesthetic_score)
         self.is_demo = not data_path
         self.target_size = target_size
+        # The sizes that images are made, and of each image which; more than one with buckets.
+        self.sizes = [(target_size, target_size)]
+        self.is_bucketed = False
+        self.repeats: Mapping[str, int] = {}
         self.captions = Captions()
         self.images = self.list_images(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
         if only is not None:
@@ -85,6 +90,7 @@ class Text2ImageDataset:
                         f"{did_you_mean(name, by_name)} in {data_path or 'the carried images'}"
                     )
             self.images = [by_name[name] for name in only]
+        self.size_of = np.zeros(len(self.images), np.int64)
         where = "data.dataset_config.params.transforms"
         self._transforms: list[Transform] = [
             build(node, "transform", f"{where}[{index}]") for index, node in enumerate(transforms)
@@ -102,6 +108,45 @@ class Text2ImageDataset:
         """Opens every image. Raises DataError naming the first that can't be read."""
         size = decoded_size if len(self) <= _DECODED_AT_START else header_size
         self._heights_and_widths = list(threads.map(size, self.images))
+        self.size_of = np.zeros(len(self.images), np.int64)
+
+    def use_buckets(self, step: int) -> None:
+        """Gives each image the size of the nearest aspect ratio, after `check`.
+
+        step: what sides must be multiples of.
+        """
+        sizes, images = bucket_sizes(self.target_size, step), np.array(self._heights_and_widths)
+        found = nearest(images, sizes)
+        used, self.size_of = np.unique(found, return_inverse=True)
+        self.sizes = [sizes[index] for index in used]
+        self.is_bucketed = True
+
+    def bucket_rows(self) -> list[tuple[tuple[int, int], int, float]]:
+        """Of each size: (height, width), its images, and the mean share of their pixels that
+        cropping to its shape takes away."""
+        images = np.array(self._heights_and_widths)
+        rows = []
+        for index, size in enumerate(self.sizes):
+            inside = images[self.size_of == index]
+            rows.append((size, len(inside), float(crop_losses(inside, size).mean())))
+        return rows
+
+    def groups(self) -> list[np.ndarray]:
+        """Of each size the images of an epoch, as indices; one that is repeated stands there so
+        many times."""
+        times = np.array([self._times(image) for image in self.images])
+        every = np.repeat(np.arange(len(self)), times)
+        return [every[self.size_of[every] == index] for index in range(len(self.sizes))]
+
+    def _times(self, image: Captioned) -> int:
+        """How often an epoch holds an image: as its source says, times what its folder is given;
+        of folders inside each other the innermost counts."""
+        folder = image.name
+        while self.repeats and "/" in folder:
+            folder = folder.rpartition("/")[0]
+            if folder in self.repeats:
+                return image.repeats * self.repeats[folder]
+        return image.repeats
 
     def typical_size(self) -> tuple[int, int]:
         """Median (height, width) of the images as they were before resizing, after `check`."""
@@ -121,13 +166,14 @@ class Text2ImageDataset:
         """Image `index`; its random crop is drawn from `generator`."""
         entry = self.images[index]
         image = decode(entry)
-        target = (self.target_size, self.target_size)
+        target = self.sizes[self.size_of[index]]
         sample: dict[str, Any] = {
             "image": np.asarray(image),
             "original_size_as_tuple": (image.height, image.width),
             "crop_coords_top_left": (0, 0),
             "target_size_as_tuple": target,
             "aesthetic_score": (self.aesthetic_score,),
+            "is_bucketed": self.is_bucketed,
         }
         for index, transform in enumerate(self._transforms):
             before = sample["image"]
@@ -141,6 +187,8 @@ class Text2ImageDataset:
                     "AddOriginalImageSizeAsTupleAndCropToSquare, Transpose"
                 ) from error
         pixels = sample.pop("image")
+        for name in ("is_bucketed", "crop_right"):  # of use to transforms alone
+            sample.pop(name, None)
         if pixels.shape != (3, *target) or pixels.dtype != np.float32:
             raise DataError(
                 f"data.dataset_config.params.transforms: they make {pixels.dtype} "
@@ -152,5 +200,37 @@ class Text2ImageDataset:
 
 def make_dataset(settings: DataSettings) -> Text2ImageDataset:
     """The dataset that the section `data` describes. Raises HostError."""
-    dataset: Text2ImageDataset = build(settings.dataset_config, "dataset", "data.dataset_config")
+    node = settings.dataset_config
+    if settings.resolution:
+        node = _at_resolution(node, settings.resolution)
+    dataset: Text2ImageDataset = build(node, "dataset", "data.dataset_config")
+    dataset.captions = Captions(
+        settings.captions,
+        settings.caption_prefix,
+        settings.caption_suffix,
+        settings.shuffle_tags,
+        settings.keep_tags,
+    )
+    folders = {image.name.rpartition("/")[0] for image in dataset.images}
+    for folder in settings.repeats:
+        if not any(each == folder or each.startswith(f"{folder}/") for each in folders):
+            raise DataError(
+                f"data.repeats.{folder}: there is no such folder with images"
+                f"{did_you_mean(folder, folders)}; folders are named as below data_path"
+            )
+    dataset.repeats = settings.repeats
     return dataset
+
+
+def _at_resolution(node: Mapping[str, Any], resolution: int) -> dict[str, Any]:
+    """A dataset's node with this size in place of its `target_size` and of what `Resize` and crops
+    are given."""
+    params = dict(node.get("params") or {})
+    params["target_size"] = resolution
+    transforms = []
+    for transform in params.get("transforms") or []:
+        given = dict(transform.get("params") or {})
+        if "size" in given:
+            transform = {**transform, "params": {**given, "size": resolution}}
+        transforms.append(transform)
+    return {**node, "params": {**params, "transforms": transforms}}

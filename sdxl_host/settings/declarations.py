@@ -18,11 +18,14 @@ __all__ = [
     "SCHEMAS",
     "SETTINGS",
     "UNBUILT",
+    "CaptionLines",
     "DataSettings",
     "OptimSettings",
     "TrainSettings",
     "UnbuiltSettings",
 ]
+
+CaptionLines = Literal["whole", "first_line", "one_of_lines"]
 
 MAX_SEED = 2**64 - 1  # the key of the random numbers has 64 bits for it
 
@@ -285,6 +288,52 @@ class DataSettings:
         False, help="processes instead of threads; only False so far", touches="speed"
     )
     shuffle: bool = setting(True, help="a new order in every epoch", touches="numbers")
+    resolution: int = setting(
+        0,
+        help="side of the images in pixels, in place of target_size and of what transforms are "
+        "given; 0: as they say",
+        minimum=0,
+        touches="numbers",
+        flag=True,
+    )
+    buckets: bool = setting(
+        False,
+        help="train each image at the aspect ratio of SDXL's that is nearest to its own, not "
+        "cropped to a square",
+        touches="numbers",
+        flag=True,
+    )
+    captions: CaptionLines = setting(
+        "whole",
+        help="what is learned of a text: all of it, its first line, or in each step one line",
+        touches="numbers",
+        flag=True,
+    )
+    caption_prefix: str = setting(
+        "", help="text put before every caption, as it is", touches="numbers", flag=True
+    )
+    caption_suffix: str = setting(
+        "", help="text put behind every caption, as it is", touches="numbers", flag=True
+    )
+    shuffle_tags: bool = setting(
+        False,
+        help="put what stands between a caption's commas in a new order in every step",
+        touches="numbers",
+        flag=True,
+    )
+    keep_tags: int = setting(
+        0,
+        help="tags at a caption's beginning that shuffle_tags leaves in their place",
+        minimum=0,
+        touches="numbers",
+        flag=True,
+        needs=Needs(lambda data: data.shuffle_tags, "shuffle_tags is off"),
+    )
+    repeats: dict[str, int] = setting(
+        {},
+        help="how often an epoch holds the images of a folder below data_path, as cats: 3",
+        touches="numbers",
+    )
     crops_per_image: int = setting(
         0,
         help="random crops that an image has, of which a step takes one; 0: a new one every step",
@@ -294,6 +343,12 @@ class DataSettings:
     )
 
     def __post_init__(self) -> None:
+        for folder, times in self.repeats.items():
+            if times < 1:
+                raise ConfigError(
+                    f"data.repeats.{folder}: {times} is no number of times; give 1 or more, or "
+                    "take the folder out of data_path"
+                )
         if self.python_multiprocessing:
             raise ConfigError(
                 "data.python_multiprocessing: True is not supported; images are loaded by "

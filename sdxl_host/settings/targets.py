@@ -76,6 +76,9 @@ TARGETS = (
     Target("Resize", "transform", _TRANSFORMS + "Resize"),
     Target("Rescaler", "transform", _TRANSFORMS + "Rescaler"),
     Target(_CROP, "transform", _TRANSFORMS + _CROP),
+    Target("RandomCrop", "transform", _TRANSFORMS + "RandomCrop"),
+    Target("CenterCrop", "transform", _TRANSFORMS + "CenterCrop"),
+    Target("RandomHorizontalFlip", "transform", _TRANSFORMS + "RandomHorizontalFlip"),
     Target("Transpose", "transform", _TRANSFORMS + "Transpose"),
 )
 

@@ -85,7 +85,8 @@ def crop_generator(seed: int, name: str, variant: int) -> np.random.Generator:
 class Batches:
     """The batch of any step, a function of (seed, step).
 
-    positions: this rank's samples within the global batch. latent_shape: (C, h, w) of the noise.
+    positions: this rank's samples within the global batch. latent_shapes: (C, h, w) of the noise,
+    of each group of `order`.
     offset_noise_level: standard deviation of the constant added to each channel's noise.
     is_sampled: whether the first stage takes noise. threads: how many load images. total: the last
     step. ahead: how many batches after the one in use are prepared beside it. load: gives the
@@ -98,7 +99,7 @@ class Batches:
         order: Order,
         positions: range,
         seed: int,
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Sequence[tuple[int, int, int]],
         offset_noise_level: float,
         is_sampled: bool,
         *,
@@ -111,7 +112,7 @@ class Batches:
         self._order = order
         self._positions = positions
         self._seed = seed
-        self._latent_shape = latent_shape
+        self._latent_shapes = latent_shapes
         self._offset = np.float32(offset_noise_level)
         self._is_sampled = is_sampled
         self._total = total
@@ -151,14 +152,15 @@ class Batches:
             )
             for position in positions
         ]
-        noise = normals(self._seed, Stream.NOISE, step, positions, self._latent_shape)
+        shape = self._latent_shapes[self._order.group(step)]
+        noise = normals(self._seed, Stream.NOISE, step, positions, shape)
         if self._offset:
             # Part of the noise itself, in the network's input and in its target alike.
-            channels = (self._latent_shape[0], 1, 1)
+            channels = (shape[0], 1, 1)
             noise += self._offset * normals(self._seed, Stream.OFFSET, step, positions, channels)
         posterior = None
         if self._is_sampled:
-            posterior = normals(self._seed, Stream.POSTERIOR, step, positions, self._latent_shape)
+            posterior = normals(self._seed, Stream.POSTERIOR, step, positions, shape)
         return Batch(
             step=step,
             ids=[self._dataset.images[index].name for index in indices],

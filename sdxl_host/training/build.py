@@ -48,7 +48,7 @@ from sdxl_host.training.state import RunRecord, RunState
 from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.trainer import OneByOne, RunStep, Trainer
 from sdxl_host.training.update_table import update_table
-from sdxl_host.weights.networks import build_networks, check_fit
+from sdxl_host.weights.networks import build_networks, check_fit, size_step
 from sdxl_host.weights.open import open_weight_setting
 
 __all__ = ["make_trainer"]
@@ -86,6 +86,8 @@ def make_trainer(
     asked = hooks.copy()
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
+    if config.data.buckets:
+        dataset.use_buckets(size_step(model))
     if settings.data_sink:
         data_sink.check(config, hooks, model, checkpoint.step if checkpoint else 0)
     ranks.check_equal(
@@ -197,13 +199,13 @@ def _make_batches(
 ) -> Batches:
     """What each step takes from the data and from chance, on this rank."""
     settings, first_stage, crops = config.train, model.first_stage, config.data.crops_per_image
-    side = dataset.target_size // first_stage.downsampling
+    scale = first_stage.downsampling
     return Batches(
         dataset,
-        Order(len(dataset), batch_size, settings.seed, config.data.shuffle),
+        Order(dataset.groups(), batch_size, settings.seed, config.data.shuffle),
         positions,
         settings.seed,
-        (first_stage.channels, side, side),
+        [(first_stage.channels, h // scale, w // scale) for h, w in dataset.sizes],
         model.offset_noise_level,
         first_stage.is_sampled,
         threads=config.data.num_parallel_workers,

@@ -74,6 +74,16 @@ def check(config: RunConfig, hooks: Hooks, model: DiffusionModel, step: int) -> 
             "encode images on the device meanwhile; leave it out, or use the first stage "
             "sdxl_host.IdentityFirstStage"
         )
+    if config.data.buckets:
+        raise ConfigError(
+            "--data_sink True: all steps of a queue have one shape, and buckets have several; "
+            "leave --buckets out"
+        )
+    if config.data.shuffle_tags:
+        raise ConfigError(
+            "--data_sink True: captions must be known beforehand, and --shuffle_tags draws them in "
+            "every step; leave one of them out"
+        )
     for plugin, answered in hooks.observing(_FEEDBACK):
         raise ConfigError(
             f"--data_sink True: the plugin {plugin} observes on_step_end and answers {answered}, "

@@ -137,12 +137,21 @@ def _update_rows(run: Run) -> list[Row]:
 
 
 def _data_rows(dataset: Text2ImageDataset) -> list[Row]:
-    if not dataset.is_demo:
-        return [("data", f"{len(dataset)} captioned images")]
-    return [
-        ("data", f"{len(dataset)} captioned images that the package carries"),
-        ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
-    ]
+    """How many images there are, and with buckets how many of which size, each a graph."""
+    rows = [("data", f"{len(dataset):,} captioned images")]
+    if dataset.is_demo:
+        rows = [
+            ("data", f"{len(dataset)} captioned images that the package carries"),
+            ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
+        ]
+    if dataset.is_bucketed:
+        graphs = len(dataset.sizes)
+        rows.append(("buckets", f"{graphs}, each a shape of its own that is compiled once"))
+        rows += [
+            ("", f"{width}x{height}: {count:,} images, of which cropping takes {loss:.1%}")
+            for (height, width), count, loss in dataset.bucket_rows()
+        ]
+    return rows
 
 
 def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
@@ -196,7 +205,7 @@ def start_facts(
         facts += [("changed", change) for change in changes]
         if checkpoint.step == config.data.total_step:
             facts.append(("finished", "no step is left; --total_step N with a higher N goes on"))
-    notes = [*config.notices, *notes]
+    notes = [*config.notices, *run.dataset.captions.notes(run.dataset.images), *notes]
     if checkpoint is not None:
         notes += _version_notes(checkpoint, plugin_list(config))
     if config.train.param_fp16:

@@ -33,6 +33,7 @@ __all__ = [
     "build_networks",
     "change_network",
     "check_fit",
+    "size_step",
     "weight_rows",
 ]
 
@@ -75,6 +76,11 @@ def weight_rows(source: Source, model: DiffusionModel) -> list[tuple[str, str]]:
     return rows
 
 
+def size_step(model: DiffusionModel) -> int:
+    """What the sides of an image must be multiples of, in pixels."""
+    return model.first_stage.downsampling * model.network.downsampling
+
+
 def check_fit(model: DiffusionModel, size: tuple[int, int], where: str) -> None:
     """Raises ConfigError unless the networks fit each other and images of `size`.
 
@@ -93,7 +99,7 @@ def check_fit(model: DiffusionModel, size: tuple[int, int], where: str) -> None:
                 f"model.params.network_config.params.{key}: {configured} does not fit {part}, "
                 f"which give {needed}; set it to {needed}"
             )
-    step = first_stage.downsampling * network.downsampling
+    step = size_step(model)
     if any(length < step or length % step for length in size):
         height, width = size
         raise ConfigError(

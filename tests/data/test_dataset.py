@@ -12,9 +12,10 @@ from PIL import Image
 from support.images import captioned, image
 
 from sdxl_host.data import dataset as dataset_module
-from sdxl_host.data.dataset import Text2ImageDataset
-from sdxl_host.errors import DataError, HostError
+from sdxl_host.data.dataset import Text2ImageDataset, make_dataset
+from sdxl_host.errors import ConfigError, DataError, HostError
 from sdxl_host.randomness import Stream, generator
+from sdxl_host.settings.declarations import DataSettings
 
 SIDE = 8
 RESIZE = {"target": "sdxl_host.Resize", "params": {"size": SIDE}}
@@ -247,3 +248,76 @@ def test_target_size_must_be_at_least_1(folder):
 
 def test_a_folder_of_ones_own_is_not_the_demo(folder):
     assert not dataset(captioned(folder, a="x")).is_demo
+
+
+# ---- buckets, repeats, captions, resolution: what the section `data` adds
+
+
+def made(folder: Path, **settings: Any) -> Text2ImageDataset:
+    node = {
+        "target": "sdxl_host.Text2ImageDataset",
+        "params": {"data_path": str(folder), "target_size": SIDE, "transforms": ALL},
+    }
+    data = make_dataset(DataSettings(dataset_config=node, **settings))
+    check(data)
+    return data
+
+
+def test_buckets_give_each_image_the_nearest_shape(tmp_path):
+    for name, (width, height) in {
+        "a": (40, 10),
+        "b": (10, 40),
+        "c": (30, 30),
+        "d": (31, 30),
+    }.items():
+        image(tmp_path / f"{name}.png", width, height)
+        (tmp_path / f"{name}.txt").write_text("x")
+    data = made(tmp_path, buckets=True)
+    data.use_buckets(2)
+    assert [data.sizes[index] for index in data.size_of] == [(4, 16), (16, 4), (8, 8), (8, 8)]
+    assert sorted(map(tuple, data.groups())) == [(0,), (1,), (2, 3)]
+    rows = {size: (count, loss) for size, count, loss in data.bucket_rows()}
+    assert rows[8, 8] == (2, pytest.approx((0 + 1 / 31) / 2))
+    assert rows[4, 16] == (1, pytest.approx(0, abs=1e-12))
+    for index, size in enumerate([(4, 16), (16, 4), (8, 8), (8, 8)]):
+        found = data.sample(index, draw())
+        assert found.pixels is not None
+        assert found.pixels.shape == (3, *size)
+        assert found.sizes.keys() == {
+            "original_size_as_tuple",
+            "crop_coords_top_left",
+            "target_size_as_tuple",
+            "aesthetic_score",
+        }
+        assert found.sizes["target_size_as_tuple"] == size
+    assert data.sample(0, draw()).sizes["original_size_as_tuple"] == (10, 40)
+
+
+def test_a_folder_s_images_come_so_often_in_an_epoch(tmp_path):
+    for name in ("a", "few/b", "few/more/c", "few/more/d/e"):
+        image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("x")
+    data = made(tmp_path, repeats={"few": 2, "few/more": 3})
+    assert data.groups()[0].tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3]
+    with pytest.raises(DataError, match=r"^data\.repeats\.fwe: .*did you mean few"):
+        made(tmp_path, repeats={"fwe": 2})
+    with pytest.raises(ConfigError, match=r"^data\.repeats\.few: 0"):
+        DataSettings(repeats={"few": 0})
+
+
+def test_one_setting_says_the_resolution(tmp_path):
+    image(captioned(tmp_path, a="x") / "a.png", 40, 20)
+    data = made(tmp_path, resolution=16)
+    assert data.target_size == 16
+    found = data.sample(0, draw())
+    assert found.pixels is not None
+    assert found.pixels.shape == (3, 16, 16)
+
+
+def test_settings_of_captions_reach_them(tmp_path):
+    (captioned(tmp_path, a="") / "a.txt").write_text("x, y, z\nw")
+    given: dict[str, Any] = {"captions": "first_line", "caption_prefix": "<", "caption_suffix": ">"}
+    data = made(tmp_path, **given)
+    assert data.caption(0, draw()) == "<x, y, z>"
+    shuffled = made(tmp_path, **given, shuffle_tags=True, keep_tags=1)
+    assert {shuffled.caption(0, draw(i)) for i in range(30)} == {"<x, y, z>", "<x, z, y>"}

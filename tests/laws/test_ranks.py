@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.images import image
 
 import sdxl_host
 from sdxl_host.checkpoints.open import find_latest, open_checkpoint
@@ -96,6 +97,15 @@ def start_ranks(log: Path, python_path: str, *words: str) -> subprocess.Complete
 # ---- law 5
 
 
+def shapes(folder: Path) -> Path:
+    """Seven wide images, five square ones and two tall ones, in colours of their own."""
+    sizes = [(40, 20)] * 7 + [(30, 30)] * 5 + [(20, 60)] * 2
+    for index, size in enumerate(sizes):
+        image(folder / f"{index}.png", *size, color=(17 * index, 255 - 17 * index, 90))
+        (folder / f"{index}.txt").write_text(f"image number {index}")
+    return folder
+
+
 @pytest.fixture
 def measured(device: str, site, monkeypatch: pytest.MonkeyPatch):
     """The plugin `measured`, which keeps state of all samples, beside edm and snr."""
@@ -112,18 +122,20 @@ def test_law_one_batch_of_4_is_two_batches_of_2_and_two_ranks(measured, tmp_path
     """Losses, weights, EMA and a plugin's state after some updates, within float32 rounding; the
     plugin's state is the same on both ranks, or they would draw apart.
 
-    The rate is multiplied by the 4 samples. Rank 1 gets SIGTERM in the last
+    Images of three shapes, of uneven numbers, come in buckets: each step takes the same one on both
+    ranks. The rate is multiplied by the 4 samples. Rank 1 gets SIGTERM in the last
     step but one, and both end after it, rank 0 seconds later than the other."""
     runs = {}
+    data = ["--data_path", str(shapes(tmp_path / "images")), "--buckets", "True"]
     for name, words in (
         ("one", ["--per_batch_size", "4"]),
         ("accumulated", ["--gradient_accumulation_steps", "2"]),
     ):
         runs[name] = tmp_path / name
-        words += ["--total_step", str(UPDATES), "--save_path", str(runs[name])]
+        words += [*data, "--total_step", str(UPDATES), "--save_path", str(runs[name])]
         make_trainer(load([*WORDS, *words]), say=lambda line: None).run()
     runs["ranks"] = tmp_path / "ranks"
-    words = [*WORDS, "--is_parallel", "True", "--save_path", str(runs["ranks"])]
+    words = [*WORDS, *data, "--is_parallel", "True", "--save_path", str(runs["ranks"])]
     plugins = os.pathsep.join([measured.python_path, *sys.path])
     done = start_ranks(tmp_path / "logs", plugins, *words, "--total_step", str(UPDATES + 1))
     logs = "\n".join(file.read_text() for file in (tmp_path / "logs").glob("worker_*.log"))

@@ -31,9 +31,9 @@ def make(tmp_path: Path) -> Any:
 
     def batches(threads: int = 1, seed: int = 5, ahead: int = 1) -> Batches:
         dataset = Text2ImageDataset(16, transforms, str(tmp_path))
-        order = Order(len(dataset), 4, seed, shuffle=True)
+        order = Order([np.arange(len(dataset))], 4, seed, shuffle=True)
         given = {"threads": threads, "total": TOTAL, "ahead": ahead}
-        return Batches(dataset, order, range(1, 3), seed, (3, 16, 16), 0.1, True, **given)
+        return Batches(dataset, order, range(1, 3), seed, [(3, 16, 16)], 0.1, True, **given)
 
     return batches
 

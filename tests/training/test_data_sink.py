@@ -276,6 +276,8 @@ def test_on_the_cpu_it_is_refused(tmp_path: Path) -> None:
         (["train.ms_mode=1"], "needs compiled steps"),
         (["train.gradient_accumulation_steps=2"], "gradient_accumulation_steps 1"),
         (["--compile_cache", "graphs"], r"^--data_sink True: .* --compile_cache"),
+        (["--buckets", "True"], r"^--data_sink True: .* --buckets"),
+        (["--shuffle_tags", "True"], r"^--data_sink True: .* --shuffle_tags"),
         (["data.total_step=5"], r"^data\.total_step: 5 steps are no multiple of sink_size 2"),
         (["train.save_ckpt_interval=3"], r"^train\.save_ckpt_interval: 3 steps"),
         (["train.sample_interval=1"], r"^train\.sample_interval: 1 steps"),
