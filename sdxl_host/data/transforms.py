@@ -79,9 +79,13 @@ class Rescaler:
         self.isfloat = isfloat
 
     def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
-        image = sample["image"].astype(np.float32)
-        scaled = image * 2.0 - 1.0 if self.isfloat else image / 127.5 - 1.0
-        return {**sample, "image": scaled}
+        image = sample["image"].astype(np.float32)  # a copy, changed in place: half the time
+        if self.isfloat:
+            image *= 2.0
+        else:
+            image /= 127.5
+        image -= 1.0
+        return {**sample, "image": image}
 
 
 class RandomCrop:

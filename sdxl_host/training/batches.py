@@ -119,7 +119,8 @@ class Batches:
         self._ahead = ahead
         self._load = load or fresh_crops(dataset, seed)
         self._loaders = ThreadPoolExecutor(threads, "images")
-        self._preparer = ThreadPoolExecutor(1, "batches")
+        # Two, where batches are made far ahead: one loads while the other puts images together.
+        self._preparer = ThreadPoolExecutor(min(ahead, 2), "batches")
         self._prepared: dict[int, Future[Batch]] = {}
 
     def get(self, step: int) -> Batch:
