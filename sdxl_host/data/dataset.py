@@ -15,6 +15,7 @@ from sdxl_host.data.captioned import Captioned
 from sdxl_host.data.captions import Captions
 from sdxl_host.data.decode import decode, decoded_size, header_size
 from sdxl_host.data.folder import read_folder
+from sdxl_host.data.problems import Listing
 from sdxl_host.data.transforms import Transform
 from sdxl_host.errors import DataError, did_you_mean
 from sdxl_host.settings.declarations import DataSettings
@@ -68,14 +69,18 @@ class Text2ImageDataset:
                 f"Text2ImageDataset: target_size must be at least 1, not {target_size}"
             )
         self.aesthetic_score = float(aesthetic_score)
-        self.is_demo = not data_path
+        lists_folders = type(self).list_images is Text2ImageDataset.list_images
+        self.is_demo = not data_path and lists_folders
         self.target_size = target_size
         # The sizes that images are made, and of each image which; more than one with buckets.
         self.sizes = [(target_size, target_size)]
         self.is_bucketed = False
         self.repeats: Mapping[str, int] = {}
         self.captions = Captions()
-        self.images = self.list_images(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
+        listing = self.list_images(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
+        self.images, self.problems, self.notes = listing.images, listing.problems, listing.notes
+        if not self.images:
+            raise DataError(f"data_path {data_path}: holds no captioned image; give another")
         if only is not None:
             if not only:
                 raise ValueError(
@@ -96,9 +101,9 @@ class Text2ImageDataset:
             build(node, "transform", f"{where}[{index}]") for index, node in enumerate(transforms)
         ]
 
-    def list_images(self, source: Path) -> list[Captioned]:
-        """The images of the source, in the order in which they are numbered. Another dataset than
-        the host's can bring its own."""
+    def list_images(self, source: Path) -> Listing:
+        """What the source holds; its images are numbered in this order. Another dataset than the
+        host's can bring its own."""
         return read_folder(source)
 
     def __len__(self) -> int:
