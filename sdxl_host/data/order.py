@@ -31,5 +31,10 @@ class Order:
 
     def indices(self, step: int) -> list[int]:
         """The global batch of `step` (from 1), `batch` indices."""
-        positions = range((step - 1) * self._batch, step * self._batch)
-        return [int(self._permutation(p // self._count)[p % self._count]) for p in positions]
+        return [self.following(step, position, 0) for position in range(self._batch)]
+
+    def following(self, step: int, position: int, tries: int) -> int:
+        """The index that comes `tries` places after `position` of the batch of `step`: what is
+        taken where those before it can't be read."""
+        place = (step - 1) * self._batch + position + tries
+        return int(self._permutation(place // self._count)[place % self._count])

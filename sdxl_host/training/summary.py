@@ -20,9 +20,11 @@ from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.models.attention import attention_in_use
 from sdxl_host.models.precision import half_notes, is_half, precision_line
 from sdxl_host.planning import curves
+from sdxl_host.planning.data import problem_rows
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.settings.declarations import TrainSettings
 from sdxl_host.training.distributed import Ranks
+from sdxl_host.training.skipped import SKIPPED, SkippedImages
 from sdxl_host.training.state import RunState
 from sdxl_host.weights.networks import weight_rows
 from sdxl_host.weights.source import Source
@@ -33,6 +35,7 @@ __all__ = [
     "ask_plugins",
     "compiling",
     "compute_rows",
+    "data_rows",
     "digest",
     "end_facts",
     "plugin_list",
@@ -56,6 +59,7 @@ class Run(Protocol):
     hooks: Hooks
     model: DiffusionModel
     state: RunState
+    skipped: SkippedImages | None
     is_interrupted: bool
 
     @property
@@ -136,12 +140,16 @@ def _update_rows(run: Run) -> list[Row]:
     return [("update", f"of {run.batch_size} samples: {product}")]
 
 
-def _data_rows(dataset: Text2ImageDataset) -> list[Row]:
+def data_rows(dataset: Text2ImageDataset, where: str = "") -> list[Row]:
+    """The images, and what is set aside of the source. where: what lists all of it."""
+    rows = problem_rows(dataset.problems, where)
+    rows += [("note", note) for note in dataset.notes]
     if not dataset.is_demo:
-        return [("data", f"{len(dataset)} captioned images")]
+        return [("data", f"{len(dataset):,} captioned images"), *rows]
     return [
-        ("data", f"{len(dataset)} captioned images that the package carries"),
+        ("data", f"{len(dataset):,} captioned images that the package carries"),
         ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
+        *rows,
     ]
 
 
@@ -190,7 +198,11 @@ def start_facts(
     elif checkpoint is None:
         untrained = "none, everything starts untrained (--weight FILE starts from one)"
         facts.append(("weights", untrained))
-    facts += [*_data_rows(run.dataset), quarters, ("run", str(run.save_path))]
+    facts += [
+        *data_rows(run.dataset, str(run.save_path / SKIPPED)),
+        quarters,
+        ("run", str(run.save_path)),
+    ]
     if checkpoint is not None:
         facts.append(("resumed", f"{checkpoint.folder} at step {checkpoint.step}"))
         facts += [("changed", change) for change in changes]
@@ -236,6 +248,10 @@ def end_facts(run: Run, seconds: float, checkpoint: Path | None, images: Path | 
     state, facts = run.state, list[Fact]()
     if state.skipped:
         facts.append(("skipped", f"{state.skipped} updates, whose gradients were not finite"))
+    if run.skipped is not None and run.skipped.count:
+        facts.append(
+            ("set aside", f"{run.skipped.count:,} images that broke: see {run.skipped.path}")
+        )
     facts += [
         f"trained to step {state.step} in {seconds:.0f} s",
         ("metrics", str(run.save_path / "metrics.jsonl")),

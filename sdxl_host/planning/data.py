@@ -1,0 +1,95 @@
+"""What the data is: sizes, shapes, what a crop loses, what is set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from sdxl_host.data.problems import Problem
+from sdxl_host.errors import in_brief
+
+__all__ = ["Aspects", "aspects", "crop_losses", "problem_rows", "size_rows"]
+
+_EXAMPLES = 3  # of each kind of problem
+
+# Width over height of an image, at whose edges the rows of the histogram meet.
+_EDGES = (0.5, 2 / 3, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)
+_EDGE_NAMES = ("1:2", "2:3", "4:5", "0.95", "1.05", "5:4", "3:2", "2:1")
+
+
+@dataclass(frozen=True)
+class Aspects:
+    """How many images are between two aspects; `name` says which, as width : height."""
+
+    name: str
+    images: int
+    share: float
+
+
+def aspects(sizes: np.ndarray) -> list[Aspects]:
+    """The histogram of width over height. sizes: (N, 2) heights and widths."""
+    ratios = sizes[:, 1] / sizes[:, 0]
+    # A ratio that is an edge, but for rounding, belongs to the row above it.
+    rows = np.bincount(np.searchsorted(np.array(_EDGES) - 1e-9, ratios), minlength=len(_EDGES) + 1)
+    names = [f"below {_EDGE_NAMES[0]}"]
+    names += [f"{low} to {high}" for low, high in pairwise(_EDGE_NAMES)]
+    names += [f"from {_EDGE_NAMES[-1]}"]
+    return [
+        Aspects(name, count, count / len(sizes))
+        for name, count in zip(names, rows.tolist(), strict=True)
+    ]
+
+
+def crop_losses(sizes: np.ndarray, shape: tuple[int, int] | np.ndarray = (1, 1)) -> np.ndarray:
+    """(N,) the share of each image's pixels that a crop to the aspect of `shape` loses.
+
+    sizes: (N, 2) heights and widths. shape: (height, width), one of all or (N, 2).
+    """
+    wanted = np.asarray(shape, np.float64).reshape(-1, 2)
+    ratios = (sizes[:, 1] / sizes[:, 0]) / (wanted[:, 1] / wanted[:, 0])
+    return 1.0 - np.minimum(ratios, 1.0 / ratios)
+
+
+def size_rows(names: Sequence[str], sizes: np.ndarray) -> list[tuple[str, str]]:
+    """The median, smallest and largest image, and what a square crop loses.
+
+    sizes: (N, 2) heights and widths of the images of those names.
+    """
+    area = sizes.prod(axis=1, dtype=np.int64)
+    small, large = int(area.argmin()), int(area.argmax())
+    height, width = np.median(sizes, axis=0).astype(int)
+    losses = crop_losses(sizes)
+    worst = int(losses.argmax())
+    rows = [
+        ("sizes", f"median {height}x{width}, height x width"),
+        ("", f"smallest {sizes[small, 0]}x{sizes[small, 1]} ({names[small]})"),
+        ("", f"largest {sizes[large, 0]}x{sizes[large, 1]} ({names[large]})"),
+        ("square crop", f"loses {100 * losses.mean():.1f} % of an image's pixels on average"),
+    ]
+    if losses[worst] > 0:
+        rows.append(("", f"and {100 * losses[worst]:.1f} % of {names[worst]}, the most"))
+    return rows
+
+
+def problem_rows(problems: Iterable[Problem], where: str = "") -> list[tuple[str, str]]:
+    """What is set aside: a row with the count of all, and one a kind with its first examples.
+
+    where: what has them all, if anything.
+    """
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    if not kinds:
+        return []
+    count = sum(map(len, kinds.values()))
+    rows = [("set aside", f"{count:,}" + (f", all listed in {where}" if where else ""))]
+    for kind, ones in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        first = [
+            f"{one.name}: {one.detail}" if one.detail else one.name for one in ones[:_EXAMPLES]
+        ]
+        more = [""] * (len(ones) - len(first))
+        rows.append(("", f"{len(ones):,} x {kind} ({in_brief([*first, *more], _EXAMPLES)})"))
+    return rows
