@@ -117,13 +117,17 @@ class Text2ImageDataset:
         max_bad_fraction: the share of the images that may be bad. progress: called with how many
         images are looked at, and of how many. began_without: of a run that goes on, the images that
         were set aside when it began; one that broke later keeps its place in the order, where the
-        next one is taken instead of it. Raises DataError for too many bad images, or no other.
+        next one is taken instead of it, and does not count as bad here. Raises DataError for too
+        many bad images, and where all are bad.
         """
         found = survey(self.images, self.source, threads, progress)
         self.problems += found.problems
         self.notes += found.notes
         count, bad = len(self.images), len(found.problems)
-        if bad > max_bad_fraction * count or (count and bad == count):
+        kept = found.usable.copy()
+        if began_without is not None:
+            kept |= [image.name not in began_without for image in self.images]
+        if count - kept.sum() > max_bad_fraction * count or (count and bad == count):
             named = {image.name: image for image in self.images}
             first = [f"{named[one.name].place}: {one.detail}" for one in found.problems]
             raise DataError(
@@ -132,9 +136,6 @@ class Text2ImageDataset:
                 f"{in_brief(first, _NAMED)}; mend or remove them, or set data.max_bad_fraction "
                 "higher"
             )
-        kept = found.usable.copy()
-        if began_without is not None:
-            kept |= [image.name not in began_without for image in self.images]
         self.images = [image for image, stays in zip(self.images, kept, strict=True) if stays]
         self.heights_and_widths = found.sizes[kept]
         # Of one that broke later, the size may be unknown.

@@ -79,14 +79,19 @@ class Remark(IntFlag):
     PROFILE = 2
     EXIF = 4
 
-    @property
-    def sentence(self) -> str:
-        """What this one remark says of the images that have it."""
-        return {
-            Remark.FRAMES: "hold several frames, of which the first is taken",
-            Remark.PROFILE: "have a colour profile that can't be used, and are taken for sRGB",
-            Remark.EXIF: "have EXIF data that can't be read, and are not rotated",
+    def sentence(self, count: int) -> str:
+        """What this one remark says of so many images."""
+        one, many = {
+            Remark.FRAMES: ("holds several frames,", "hold several frames,"),
+            Remark.PROFILE: ("has a colour profile", "have a colour profile"),
+            Remark.EXIF: ("has EXIF data", "have EXIF data"),
         }[self]
+        rest = {
+            Remark.FRAMES: "of which the first is taken",
+            Remark.PROFILE: "that can't be used; the colours are taken for sRGB",
+            Remark.EXIF: "that can't be read; nothing is rotated",
+        }[self]
+        return f"1 image {one} {rest}" if count == 1 else f"{count:,} images {many} {rest}"
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def survey(
         changed = _recall(memory, images, found)
     except FileNotFoundError:
         changed = np.ones(len(images), bool)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged archive makes numpy and zipfile raise anything
         changed = np.ones(len(images), bool)
         notes.append(f"{memory}: can't be read ({error}), so every image was looked at again")
     indices = np.flatnonzero(changed)
@@ -205,7 +205,7 @@ def _remark_notes(images: Sequence[Captioned], remarks: np.ndarray) -> Iterator[
         if remark and len(having):
             first = ", ".join(images[index].name for index in having[:3].tolist())
             more = f" and {len(having) - 3:,} more" if len(having) > 3 else ""
-            yield f"{len(having):,} images {remark.sentence} ({first}{more})"
+            yield f"{remark.sentence(len(having))} ({first}{more})"
 
 
 # ---- what is remembered
@@ -246,9 +246,9 @@ def _packed(images: Sequence[Captioned], found: _Findings, kept: np.ndarray) -> 
 def _recall(memory: Path, images: Sequence[Captioned], found: _Findings) -> np.ndarray:
     """Puts what is remembered into `found`; (N,) which images are to be looked at.
 
-    Raises OSError, and ValueError or KeyError for a file that is none of ours.
+    Raises OSError, and any other error for a file that is damaged.
     """
-    with np.load(memory, allow_pickle=False) as file:
+    with np.load(io.BytesIO(memory.read_bytes()), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     keys = arrays["keys"].tobytes().decode("ascii").split("\n")
     reasons = {
