@@ -8,10 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.problems import Problem
 from sdxl_host.errors import in_brief
 
-__all__ = ["Aspects", "aspects", "crop_losses", "problem_rows", "size_rows"]
+__all__ = ["Aspects", "aspects", "crop_losses", "data_rows", "problem_rows", "size_rows"]
 
 _EXAMPLES = 3  # of each kind of problem
 
@@ -93,3 +94,16 @@ def problem_rows(problems: Iterable[Problem], where: str = "") -> list[tuple[str
         more = [""] * (len(ones) - len(first))
         rows.append(("", f"{len(ones):,} x {kind} ({in_brief([*first, *more], _EXAMPLES)})"))
     return rows
+
+
+def data_rows(dataset: Text2ImageDataset, where: str = "") -> list[tuple[str, str]]:
+    """The images, and what is set aside of the source. where: what lists all of it."""
+    rows = problem_rows(dataset.problems, where)
+    rows += [("note", note) for note in dataset.notes]
+    if not dataset.is_demo:
+        return [("data", f"{len(dataset):,} captioned images"), *rows]
+    return [
+        ("data", f"{len(dataset):,} captioned images that the package carries"),
+        ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
+        *rows,
+    ]

@@ -41,10 +41,10 @@ from sdxl_host.training.observers import (
     SharedStop,
 )
 from sdxl_host.training.optimizer import configured
-from sdxl_host.training.resume import find_checkpoint, resumed_folder
+from sdxl_host.training.resume import find_checkpoint
 from sdxl_host.training.run_folder import RunFolder
 from sdxl_host.training.signals import Interruption
-from sdxl_host.training.skipped import SkippedImages, began_without
+from sdxl_host.training.skipped import SkippedImages
 from sdxl_host.training.state import RunRecord, RunState
 from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.trainer import OneByOne, RunStep, Trainer
@@ -82,14 +82,7 @@ def make_trainer(
     asked = hooks.copy()
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
-    resumed = resumed_folder(settings)
-    check_data(
-        dataset,
-        config.data.num_parallel_workers,
-        config.data.max_bad_fraction,
-        say,
-        None if resumed is None else began_without(resumed),
-    )
+    check_data(dataset, config, say)
     checkpoint, changes = find_checkpoint(
         config, summary.samples_of(batch_size, dataset), batch_size
     )
@@ -134,7 +127,8 @@ def make_trainer(
         say,
     )
     encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size, graphs)
-    quarters, plugin_notes = summary.ask_plugins(asked, model, config, checkpoint)
+    quarters, notes = summary.ask_plugins(asked, model, config, checkpoint)
+    notes += [*summary.caption_notes(asked, model, dataset), *optimizer.notes()]
     record = RunRecord(
         settings=folder.settings,
         plugins=summary.plugin_list(config),
@@ -191,9 +185,7 @@ def make_trainer(
         skipped=skipped,
         say=say,
     )
-    for fact in summary.start_facts(
-        trainer, quarters, [*plugin_notes, *optimizer.notes()], checkpoint, changes, source
-    ):
+    for fact in summary.start_facts(trainer, quarters, notes, checkpoint, changes, source):
         say(fact)
     return trainer
 

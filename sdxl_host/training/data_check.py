@@ -10,21 +10,37 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sdxl_host.config.load import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset
 
-__all__ = ["LookingProgress", "check_data"]
+__all__ = ["LookingProgress", "check_data", "look"]
 
 _EVERY = 20.0  # seconds between lines where there is no terminal
 
 
-def check_data(
+def check_data(dataset: Text2ImageDataset, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Looks at every image of a run's dataset; see its `check`. Raises DataError."""
+    from sdxl_host.training.resume import resumed_folder
+    from sdxl_host.training.skipped import began_without
+
+    resumed = resumed_folder(config.train)
+    look(
+        dataset,
+        config.data.num_parallel_workers,
+        config.data.max_bad_fraction,
+        say,
+        None if resumed is None else began_without(resumed),
+    )
+
+
+def look(
     dataset: Text2ImageDataset,
     threads: int,
     max_bad_fraction: float,
     say: Callable[[str], None],
     began_without: Collection[str] | None = None,
 ) -> None:
-    """Looks at every image of the dataset; see its `check`. threads: how many look at once."""
+    """Looks at every image with so many threads, showing how far it is."""
     with ThreadPoolExecutor(threads, "survey") as pool, LookingProgress(say) as progress:
         dataset.check(pool, max_bad_fraction, progress, began_without)
 

@@ -19,8 +19,8 @@ from sdxl_host.device import on_ascend
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.models.attention import attention_in_use
 from sdxl_host.models.precision import half_notes, is_half, precision_line
-from sdxl_host.planning import curves
-from sdxl_host.planning.data import problem_rows
+from sdxl_host.planning import captions, curves
+from sdxl_host.planning.data import data_rows
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.settings.declarations import TrainSettings
 from sdxl_host.training.distributed import Ranks
@@ -33,11 +33,12 @@ __all__ = [
     "Fact",
     "Row",
     "ask_plugins",
+    "caption_notes",
     "compiling",
     "compute_rows",
-    "data_rows",
     "digest",
     "end_facts",
+    "longer_prompts",
     "plugin_list",
     "plugin_rows",
     "record",
@@ -112,6 +113,23 @@ def ask_plugins(
     return learned, asked.notes(model)
 
 
+def caption_notes(asked: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[str]:
+    """Which captions are cut off, if any; of many images every so many are looked at.
+
+    asked: as for `ask_plugins`.
+    """
+    lengths = captions.caption_lengths(asked, model.encoders, captions.some_captions(dataset))
+    encoder = asked.chain("encode_prompt")
+    return captions.cut_note(lengths, "captions", encoder, longer_prompts(encoder), of=len(dataset))
+
+
+def longer_prompts(encoder: str) -> str:
+    """What keeps the tokens that `encoder`, a chain of those who encode prompts, cuts off."""
+    if "lpw" in encoder:
+        return "a higher --lpw_max_embeddings_multiples keeps them"
+    return "--lpw True keeps them"
+
+
 def plugin_rows(config: RunConfig, hooks: Hooks) -> list[Row]:
     """The selected plugins in order, and what each does to which hook."""
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
@@ -138,19 +156,6 @@ def _update_rows(run: Run) -> list[Row]:
         return []
     product = " x ".join(f"{count} {what}" for count, what in parts if count > 1)
     return [("update", f"of {run.batch_size} samples: {product}")]
-
-
-def data_rows(dataset: Text2ImageDataset, where: str = "") -> list[Row]:
-    """The images, and what is set aside of the source. where: what lists all of it."""
-    rows = problem_rows(dataset.problems, where)
-    rows += [("note", note) for note in dataset.notes]
-    if not dataset.is_demo:
-        return [("data", f"{len(dataset):,} captioned images"), *rows]
-    return [
-        ("data", f"{len(dataset):,} captioned images that the package carries"),
-        ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
-        *rows,
-    ]
 
 
 def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
