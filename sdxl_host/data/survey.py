@@ -220,14 +220,14 @@ def _memory_file(source: Path) -> Path:
 
 
 def _key(image: Captioned) -> str:
-    """A line that says where an image's bytes are."""
-    return json.dumps([image.file, image.span])
+    """Where an image's bytes are; without a NUL, which no path has, so that NULs part the keys."""
+    return image.file if image.span is None else "{}\n{} {}".format(image.file, *image.span)
 
 
 def _packed(images: Sequence[Captioned], found: _Findings, kept: np.ndarray) -> bytes:
     """The file of findings; of images that are not `kept` it has the size alone."""
     verdict = np.where(kept, found.verdict, _UNKNOWN).astype(np.uint8)
-    keys = "\n".join(map(_key, images)).encode("ascii")
+    keys = "\0".join(map(_key, images)).encode("utf-8", "surrogateescape")
     reasons = json.dumps([[index, *reason] for index, reason in found.reasons.items()])
     file = io.BytesIO()
     np.savez_compressed(
@@ -250,7 +250,7 @@ def _recall(memory: Path, images: Sequence[Captioned], found: _Findings) -> np.n
     """
     with np.load(io.BytesIO(memory.read_bytes()), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    keys = arrays["keys"].tobytes().decode("ascii").split("\n")
+    keys = arrays["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0")
     reasons = {
         index: (kind, detail) for index, kind, detail in json.loads(arrays["reasons"].tobytes())
     }

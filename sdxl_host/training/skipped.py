@@ -54,7 +54,7 @@ class SkippedImages:
             )
             self._write(partial(self._append, _line(problem, step)))
 
-    def _append(self, line: dict[str, object]) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8", opener=open_no_follow) as file:
             file.write(_text(line))
             file.flush()
@@ -74,12 +74,12 @@ def began_without(folder: Path) -> set[str]:
     return {line["name"] for line in _lines(folder / SKIPPED) if "step" not in line}
 
 
-def _line(problem: Problem, step: int) -> dict[str, object]:
+def _line(problem: Problem, step: int) -> dict[str, Any]:
     """A problem as it is written; step: the one that met it, 0 for the start of a new run."""
     return asdict(problem) | ({"step": step} if step else {})
 
 
-def _text(line: dict[str, object]) -> str:
+def _text(line: dict[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 

@@ -254,8 +254,8 @@ def end_facts(run: Run, seconds: float, checkpoint: Path | None, images: Path | 
     if state.skipped:
         facts.append(("skipped", f"{state.skipped} updates, whose gradients were not finite"))
     if run.skipped is not None and run.skipped.count:
-        images = "1 image" if run.skipped.count == 1 else f"{run.skipped.count:,} images"
-        facts.append(("set aside", f"{images} that broke, listed in {run.skipped.path}"))
+        broken = "1 image" if run.skipped.count == 1 else f"{run.skipped.count:,} images"
+        facts.append(("set aside", f"{broken} that broke, listed in {run.skipped.path}"))
     facts += [
         f"trained to step {state.step} in {seconds:.0f} s",
         ("metrics", str(run.save_path / "metrics.jsonl")),

@@ -76,6 +76,25 @@ def test_captions_with_and_without_long_prompts(
     assert longest in text
 
 
+def test_what_cant_be_used_is_counted_as_train_would(device: str, here: Path, capsys) -> None:
+    """And too much of it is refused as train would."""
+    folder = images(here / "data", {"a": "a cat", "b": "a dog", "c": "a cow"})
+    (folder / "b.png").write_bytes(b"")
+    words = ["--data_path", "data", "data.max_bad_fraction=0.5"]
+    assert plan(*words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("data        2 captioned images")
+    assert lines[place + 1 : place + 6] == [
+        "set aside   1",
+        "            1 x an empty image file (b.png: it is empty)",
+        "sizes       median 36x40, height x width",
+        "            smallest 36x40 (a.png)",
+        "            largest 36x40 (a.png)",
+    ]
+    assert "captions    none of 2 cut off; encoded by host" in lines
+    assert "1 of 3 images can't be read as an image" in refused(capsys, "--data_path", "data")
+
+
 def test_only_the_worst_captions_are_named_and_the_rest_counted(
     device: str, here: Path, capsys
 ) -> None:

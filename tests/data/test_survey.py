@@ -132,6 +132,15 @@ def test_a_part_of_an_archive_is_known_by_its_place(folder: Path) -> None:
         assert [problem.kind for problem in found.problems] == ["an empty image file"]
 
 
+def test_any_name_is_remembered(folder: Path) -> None:
+    """Also of two lines, and of bytes that are no text."""
+    for name in ("a\nb.png", "ä.png", os.fsdecode(b"\xff.png"), "a b\t.png"):
+        settle(image(folder / "new.png", 4, 4))
+        (folder / "new.png").rename(folder / name)
+    assert look(folder).looked_at == 4
+    assert look(folder).looked_at == 0
+
+
 def test_remarks_are_one_note_each_with_a_count(folder: Path) -> None:
     for number in range(5):
         frames = [Image.new("L", (4, 4), one) for one in (0, 255)]

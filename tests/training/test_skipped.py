@@ -96,7 +96,8 @@ def runs(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert main(["train", *arguments, "--data_path", str(folder / "data")]) == 0
 
     for name in ("whole", "resumed"):
-        captioned(folder / "data", **{letter: f"a {letter}" for letter in "abcdef"})
+        captions = {letter: f"a {letter}" for letter in "abcdef"} | {"c": "cat " * 100}
+        captioned(folder / "data", **captions)
         (folder / "data" / "b.png").write_bytes(b"")
         if name == "whole":
             train(name, "--total_step=4", breaks=True)
@@ -118,6 +119,15 @@ def test_a_run_goes_on_with_the_next_image_and_says_it_once(runs: Path) -> None:
         ("b.png", None),
         ("d.png", 3),
     ]
+
+
+def test_what_is_cut_of_captions_is_said_at_the_start(runs: Path) -> None:
+    """Of the images that are used, each with two tokens but for one with a hundred."""
+    note = (
+        "note        1 of the 5 captions are longer than host encodes; 25 of their 108 tokens are "
+        "lost, most in c.png (25 of 100); --lpw True keeps them\n"
+    )
+    assert note in (runs / "whole.txt").read_text()
 
 
 def test_a_resumed_run_is_the_same_as_one_that_was_not_interrupted(runs: Path) -> None:
