@@ -127,8 +127,11 @@ def loaded(file: Path, random):
 def data_loader(folder: Path, batches: int) -> float:
     """Images per second of torch's DataLoader."""
     import numpy as np
-    import torch
-    from torch.utils.data import DataLoader, Dataset
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.utils.data import (  # pyright: ignore[reportMissingImports]
+        DataLoader,
+        Dataset,
+    )
 
     files = sorted(folder.glob("*.jpg"))
 

@@ -22,6 +22,10 @@ _COMMANDS = {
         "sdxl_host.commands.plan:plan",
         "show what a training would be, without training: settings, curves, captions, memory",
     ),
+    "data": (
+        "sdxl_host.commands.data:data",
+        "look at a folder of images: sizes, captions, what can't be used",
+    ),
     "sample": ("sdxl_host.commands.sample:sample", "draw images from a checkpoint"),
     "convert": (
         "sdxl_host.commands.convert:convert",

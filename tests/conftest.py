@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import importlib
 import importlib.util
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import tokenize
 import venv
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +34,10 @@ from sdxl_host.device import prepare_cpu_environment
 prepare_cpu_environment()
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What is remembered of images goes where no run of the user sees it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sdxl-host-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Where tests run beside each other each process has a core of its own: MindSpore's threads wait for
 # work by spinning, and those of two processes on the same cores make both take twice the time.

@@ -125,7 +125,7 @@ def test_the_help_of_train_names_every_flag(site, capsys):
         (["trian"], "trian: there is no such command (did you mean train?)"),
         (
             ["zzz"],
-            "zzz: there is no such command (commands: train, plan, sample, convert, plugins, "
+            "zzz: there is no such command (commands: train, plan, data, sample, convert, plugins, "
             "new-plugin, doctor)",
         ),
         (["--verbose"], "--verbose: there is no such command"),
@@ -221,7 +221,7 @@ def folder_empty(here: Path) -> tuple[list[str], str]:
 def image_corrupt(here: Path) -> tuple[list[str], str]:
     file = images(here / "data") / "b.png"
     file.write_bytes(file.read_bytes()[:50])
-    return ["--data_path", "data"], "data/b.png: can't be read as an image"
+    return ["--data_path", "data"], "data/b.png: image file is truncated"
 
 
 def image_missing(here: Path) -> tuple[list[str], str]:

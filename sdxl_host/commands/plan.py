@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_host.commands.data_facts import data_facts
 from sdxl_host.commands.flags import Command
 from sdxl_host.commands.printer import columns, details, show, tenth_lines
 from sdxl_host.errors import DataError
@@ -44,8 +45,8 @@ _COMMAND = Command(
     "plan",
     "Shows what sdxl-host train would do with the same arguments, without training and without a "
     "weight in memory: the resolved config and where each value came from, what plugins change, "
-    "which timesteps are drawn and what they weigh, captions that are too long, parameters, and an "
-    "estimate of memory.",
+    "which timesteps are drawn and what they weigh, images, captions and what is wrong with them, "
+    "parameters, and an estimate of memory.",
     Flags,
     rest="arguments of sdxl-host train",
     notes="sdxl-host train --help lists the other arguments.",
@@ -125,26 +126,30 @@ def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     from sdxl_host.planning.curves import curves, quarters, tenths
     from sdxl_host.planning.memory import model_parts
     from sdxl_host.plugins.hooks import make_hooks
+    from sdxl_host.training.data_check import check_data
     from sdxl_host.training.resume import find_checkpoint
     from sdxl_host.training.summary import compute_rows, plugin_rows, samples_of
     from sdxl_host.weights.networks import check_fit, weight_rows
     from sdxl_host.weights.open import open_weight_setting
 
     dataset, optimizer_notes = _other_sections(config)
+    hooks = make_hooks(config.plugins)
+    model = hooks.build_model(config.tree)
+    size = (dataset.target_size, dataset.target_size)
+    check_fit(model, size, "data.dataset_config.params.target_size")
+    check_data(dataset, config, show)
     # Of one device: how many there will be is not known here.
     update = config.data.per_batch_size * config.train.gradient_accumulation_steps
     checkpoint, _ = find_checkpoint(config, samples_of(update, dataset), update)
     source = open_weight_setting(config.train.weight) if checkpoint is None else None
 
-    hooks = make_hooks(config.plugins)
-    model = hooks.build_model(config.tree)
     if checkpoint is not None:
         hooks.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
     before, after = curves(hooks, model, config.tree)
-    size = (dataset.target_size, dataset.target_size)
-    check_fit(model, size, "data.dataset_config.params.target_size")
     parts = model_parts(model)
     facts: list[Fact] = [
+        *data_facts(dataset),
+        "",
         *plugin_rows(config, hooks),
         ("objective", model.preconditioning.name),
         *compute_rows(model.network, config.train),

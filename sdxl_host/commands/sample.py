@@ -14,6 +14,7 @@ from sdxl_host.settings.declarations import MAX_SEED
 from sdxl_host.settings.options import option
 
 if TYPE_CHECKING:
+    from sdxl_host.config.load import RunConfig
     from sdxl_host.sampling.pipeline import ImageSampler
 
 __all__ = ["sample"]
@@ -80,7 +81,7 @@ def _sample(flags: Flags, rest: list[str]) -> int:
     from sdxl_host.sampling.samplers import none_if_auto
 
     sampler, facts = _sampler(flags, rest, conditions)
-    show(*facts)
+    show(*facts, *_cut_notes(flags, rest))
     pixels = sampler.draw(
         flags.prompt,
         flags.steps,
@@ -188,6 +189,40 @@ def _check_out(out: Path) -> None:
         raise _unwritable(out, error) from error
 
 
+def _cut_notes(flags: Flags, rest: Sequence[str]) -> list[tuple[str, str]]:
+    """What is cut off of the prompts. Asked of hooks of their own, because to be asked may change a
+    plugin's state."""
+    from sdxl_host.planning.captions import caption_lengths, cut_note
+    from sdxl_host.plugins.hooks import make_hooks
+    from sdxl_host.training.summary import longer_prompts
+
+    config = _config(flags, rest)
+    hooks = make_hooks(config.plugins)
+    encoders = hooks.build_model(config.tree).encoders
+    prompts = [*flags.prompt, *([flags.negative_prompt] if flags.negative_prompt else [])]
+    lengths = caption_lengths(hooks, encoders, [(_short(prompt), [prompt]) for prompt in prompts])
+    encoder = hooks.chain("encode_prompt")
+    # The plugins of a checkpoint are those that it was trained with.
+    remedy = longer_prompts(encoder) if flags.checkpoint is None else "shorten the prompt"
+    return [("note", note) for note in cut_note(lengths, "prompts", encoder, remedy)]
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
+
+
+def _config(flags: Flags, rest: Sequence[str]) -> RunConfig:
+    """The settings of the model that draws."""
+    if flags.checkpoint is not None:
+        from sdxl_host.checkpoints.layout import CONFIG_FILE
+        from sdxl_host.config.load import restore
+
+        return restore(flags.checkpoint.expanduser().resolve() / CONFIG_FILE)
+    from sdxl_host.config.load import load_model
+
+    return load_model(["--config", flags.config or _CONFIG, *rest, "--weight", flags.weight or ""])
+
+
 def _unwritable(out: Path, error: OSError) -> DataError:
     return DataError(f"--out {out}: can't be written ({error.strerror}); give another place")
 
@@ -204,11 +239,9 @@ def _sampler(
 
         return restore_sampler(flags.checkpoint, flags.use_ema, **conditions)
 
-    from sdxl_host.config.load import image_size, load_model
+    from sdxl_host.config.load import image_size
 
-    config = load_model(
-        ["--config", flags.config or _CONFIG, *rest, "--weight", flags.weight or ""]
-    )
+    config = _config(flags, rest)
     prepare_device(config.train.device_target)
     from sdxl_host.sampling.load import weight_sampler
     from sdxl_host.sampling.pipeline import Conditions

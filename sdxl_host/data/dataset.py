@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ import numpy as np
 from sdxl_host.data.buckets import bucket_sizes, crop_losses, nearest
 from sdxl_host.data.captioned import Captioned
 from sdxl_host.data.captions import Captions
-from sdxl_host.data.decode import decode, decoded_size, header_size
+from sdxl_host.data.decode import decode
 from sdxl_host.data.folder import read_folder
 from sdxl_host.data.problems import Listing
-from sdxl_host.data.transforms import Transform
-from sdxl_host.errors import DataError, did_you_mean
+from sdxl_host.data.survey import survey
+from sdxl_host.data.transforms import Resize, Transform
+from sdxl_host.errors import DataError, did_you_mean, in_brief
 from sdxl_host.settings.declarations import DataSettings
 from sdxl_host.settings.targets import build
 
@@ -25,8 +26,7 @@ __all__ = ["DEMO_IMAGES", "Sample", "Text2ImageDataset", "make_dataset"]
 
 DEMO_IMAGES = Path(__file__).parent / "demo"
 
-# Up to this many images are decoded once before a run starts; of more, only the headers are read.
-_DECODED_AT_START = 1000
+_NAMED = 3  # bad images, in the error that says that there are too many
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Text2ImageDataset:
         self.is_bucketed = False
         self.repeats: Mapping[str, int] = {}
         self.captions = Captions()
-        listing = self.list_images(Path(data_path).expanduser() if data_path else DEMO_IMAGES)
+        self.source = Path(data_path).expanduser() if data_path else DEMO_IMAGES
+        listing = self.list_images(self.source)
         self.images, self.problems, self.notes = listing.images, listing.problems, listing.notes
         if not self.images:
             raise DataError(f"data_path {data_path}: holds no captioned image; give another")
@@ -100,6 +101,9 @@ class Text2ImageDataset:
         self._transforms: list[Transform] = [
             build(node, "transform", f"{where}[{index}]") for index, node in enumerate(transforms)
         ]
+        # Whatever comes before Resize may need the whole image.
+        first = self._transforms[0] if self._transforms else None
+        self._needed = (first.size, first.size) if isinstance(first, Resize) else None
 
     def list_images(self, source: Path) -> Listing:
         """What the source holds; its images are numbered in this order. Another dataset than the
@@ -109,10 +113,42 @@ class Text2ImageDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def check(self, threads: Executor) -> None:
-        """Opens every image. Raises DataError naming the first that can't be read."""
-        size = decoded_size if len(self) <= _DECODED_AT_START else header_size
-        self._heights_and_widths = list(threads.map(size, self.images))
+    def check(
+        self,
+        threads: Executor,
+        max_bad_fraction: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
+        began_without: Collection[str] | None = None,
+    ) -> None:
+        """Looks at every image and sets aside those that can't be decoded, as `problems`.
+
+        max_bad_fraction: the share of the images that may be bad. progress: called with how many
+        images are looked at, and of how many. began_without: of a run that goes on, the images that
+        were set aside when it began; one that broke later keeps its place in the order, where the
+        next one is taken instead of it, and does not count as bad here. Raises DataError for too
+        many bad images, and where all are bad.
+        """
+        found = survey(self.images, self.source, threads, progress)
+        self.problems += found.problems
+        self.notes += found.notes
+        count, bad = len(self.images), len(found.problems)
+        kept = found.usable.copy()
+        if began_without is not None:
+            kept |= [image.name not in began_without for image in self.images]
+        if count - kept.sum() > max_bad_fraction * count or (count and bad == count):
+            named = {image.name: image for image in self.images}
+            first = [f"{named[one.name].place}: {one.detail}" for one in found.problems]
+            raise DataError(
+                f"data_path {self.source}: {bad:,} of {count:,} images can't be read as an image, "
+                f"more than data.max_bad_fraction {max_bad_fraction:g} lets be set aside: "
+                f"{in_brief(first, _NAMED)}; mend or remove them, or set data.max_bad_fraction "
+                "higher"
+            )
+        self.images = [image for image, stays in zip(self.images, kept, strict=True) if stays]
+        self.heights_and_widths = found.sizes[kept]
+        # Of one that broke later, the size may be unknown.
+        unknown = self.heights_and_widths[:, 0] == 0
+        self.heights_and_widths[unknown] = np.median(found.sizes[found.usable], axis=0)
         self.size_of = np.zeros(len(self.images), np.int64)
 
     def use_buckets(self, step: int) -> None:
@@ -120,7 +156,7 @@ class Text2ImageDataset:
 
         step: what sides must be multiples of.
         """
-        sizes, images = bucket_sizes(self.target_size, step), np.array(self._heights_and_widths)
+        sizes, images = bucket_sizes(self.target_size, step), self.heights_and_widths
         found = nearest(images, sizes)
         used, self.size_of = np.unique(found, return_inverse=True)
         self.sizes = [sizes[index] for index in used]
@@ -129,7 +165,7 @@ class Text2ImageDataset:
     def bucket_rows(self) -> list[tuple[tuple[int, int], int, float]]:
         """Of each size: (height, width), its images, and the mean share of their pixels that
         cropping to its shape takes away."""
-        images = np.array(self._heights_and_widths)
+        images = self.heights_and_widths
         rows = []
         for index, size in enumerate(self.sizes):
             inside = images[self.size_of == index]
@@ -155,7 +191,7 @@ class Text2ImageDataset:
 
     def typical_size(self) -> tuple[int, int]:
         """Median (height, width) of the images as they were before resizing, after `check`."""
-        height, width = np.median(self._heights_and_widths, axis=0).astype(int)
+        height, width = np.median(self.heights_and_widths, axis=0).astype(int)
         return int(height), int(width)
 
     def all_captions(self) -> Iterator[tuple[str, list[str]]]:
@@ -170,11 +206,11 @@ class Text2ImageDataset:
     def sample(self, index: int, generator: np.random.Generator) -> Sample:
         """Image `index`; its random crop is drawn from `generator`."""
         entry = self.images[index]
-        image = decode(entry)
         target = self.sizes[self.size_of[index]]
+        decoded = decode(entry, target if self.is_bucketed and self._needed else self._needed)
         sample: dict[str, Any] = {
-            "image": np.asarray(image),
-            "original_size_as_tuple": (image.height, image.width),
+            "image": np.asarray(decoded.image),
+            "original_size_as_tuple": decoded.size,
             "crop_coords_top_left": (0, 0),
             "target_size_as_tuple": target,
             "aesthetic_score": (self.aesthetic_score,),

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.diffusion.conditioning import TextEncoder, TextEncoders
 from sdxl_host.plugins.hooks import Hooks
 
-__all__ = ["CaptionLength", "Recorder", "caption_lengths"]
+__all__ = ["CaptionLength", "Recorder", "caption_lengths", "cut_note", "some_captions"]
+
+# Images whose captions are looked at; of more, every second, third and so on. They take about two
+# seconds.
+_MOST_IMAGES = 2000
 
 
 class Recorder:
@@ -95,6 +100,38 @@ def caption_lengths(
         worst = max((known[caption] for caption in variants), key=lambda each: each[::-1])
         lengths.append(CaptionLength(name, *worst))
     return lengths
+
+
+def some_captions(
+    dataset: Text2ImageDataset, most: int = _MOST_IMAGES
+) -> list[tuple[str, list[str]]]:
+    """The names and captions of at most so many images, at equal distances in their order."""
+    every = -(-len(dataset) // most)
+    return [
+        (image.name, dataset.captions.variants(image)) for image in dataset.images[:: max(1, every)]
+    ]
+
+
+def cut_note(
+    lengths: Sequence[CaptionLength], what: str, encoder: str, remedy: str = "", of: int = 0
+) -> list[str]:
+    """A sentence on what is cut off, or none where nothing is.
+
+    what: "captions" or "prompts". encoder: who encodes them. remedy: what keeps the tokens. of: how
+    many there are, where not all were looked at.
+    """
+    cut = [each for each in lengths if each.lost]
+    if not cut:
+        return []
+    worst = max(cut, key=lambda each: each.lost)
+    all_tokens, lost = sum(each.tokens for each in lengths), sum(each.lost for each in cut)
+    looked_at = f" looked at, of {of:,}" if of > len(lengths) else ""
+    return [
+        f"{len(cut):,} of the {len(lengths):,} {what}{looked_at} are longer than {encoder} "
+        "encodes; "
+        f"{lost:,} of their {all_tokens:,} tokens are lost, most in {worst.name} "
+        f"({worst.lost:,} of {worst.tokens:,})" + (f"; {remedy}" if remedy else "")
+    ]
 
 
 def _length(caption: str, recorders: Sequence[Recorder]) -> tuple[int, int]:

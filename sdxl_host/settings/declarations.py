@@ -334,6 +334,14 @@ class DataSettings:
         help="how often an epoch holds the images of a folder below data_path, as cats: 3",
         touches="numbers",
     )
+    max_bad_fraction: float = setting(
+        0.01,
+        help="share of the images that may be set aside because they can't be decoded; above it "
+        "the run stops before training",
+        minimum=0.0,
+        maximum=1.0,
+        touches="start",
+    )
     crops_per_image: int = setting(
         0,
         help="random crops that an image has, of which a step takes one; 0: a new one every step",

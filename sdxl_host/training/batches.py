@@ -6,15 +6,20 @@ Nothing here depends on a hook, so the next step's batch is prepared in a thread
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sdxl_host.data.dataset import Sample, Text2ImageDataset
+from sdxl_host.data.decode import BadImage
 from sdxl_host.data.order import Order
+from sdxl_host.data.problems import Problem
+from sdxl_host.errors import DataError
 from sdxl_host.randomness import Stream, generator, normals, uniforms
+from sdxl_host.training.distributed import Ranks
 
 __all__ = [
     "Batch",
@@ -36,6 +41,8 @@ class Batch:
     first stage's `moments` gave of them before; sizes, (S, 2) for each size key; noise
     (S, C, h, w) float32, unit noise with its offset; posterior, unit noise of that shape for a
     first stage that samples its latents, else None; dropout_u (S,), uniforms for caption dropout.
+    set_aside: images that could not be read, on any rank; the next in order took their places.
+    tries: how many of these were passed over at a position, of this rank's.
     """
 
     step: int
@@ -48,7 +55,21 @@ class Batch:
     noise: np.ndarray
     posterior: np.ndarray | None
     dropout_u: np.ndarray
+    set_aside: list[Problem] = field(default_factory=list)
+    tries: dict[int, int] = field(default_factory=dict)
 
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The sample of a position, its index, and what was passed over before it."""
+
+    index: int
+    sample: Sample
+    passed_over: list[Problem]
+
+
+# So many images in a row can't be read where something else than an image is at fault.
+_MOST_IN_A_ROW = 16
 
 # The sample of an image: its index, the step, and its position in the global batch.
 Load = Callable[[int, int, int], Sample]
@@ -90,7 +111,8 @@ class Batches:
     offset_noise_level: standard deviation of the constant added to each channel's noise.
     is_sampled: whether the first stage takes noise. threads: how many load images. total: the last
     step. ahead: how many batches after the one in use are prepared beside it. load: gives the
-    sample of an image in a step, by default with a crop of its own.
+    sample of an image in a step, by default with a crop of its own. ranks: tell each other where
+    another image was taken than the order says.
     """
 
     def __init__(
@@ -107,6 +129,7 @@ class Batches:
         total: int,
         ahead: int = 1,
         load: Load | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._dataset = dataset
         self._order = order
@@ -118,6 +141,7 @@ class Batches:
         self._total = total
         self._ahead = ahead
         self._load = load or fresh_crops(dataset, seed)
+        self._ranks = ranks or Ranks()
         self._loaders = ThreadPoolExecutor(threads, "images")
         # Two, where batches are made far ahead: one loads while the other puts images together.
         self._preparer = ThreadPoolExecutor(min(ahead, 2), "batches")
@@ -126,13 +150,32 @@ class Batches:
     def get(self, step: int) -> Batch:
         """The batch of `step`, and begins to prepare those after it; asked for in order of steps.
 
-        Raises DataError naming an image that can't be read.
+        An image that can't be read is named in `set_aside`, and the next in order is taken in its
+        place. Raises DataError where 16 in a row can't be read.
         """
         batch = self._prepare(step).result()
         del self._prepared[step]
         for following in range(step + 1, min(step + self._ahead, self._total) + 1):
             self._prepare(following)
-        return batch
+        return self._shared(batch)
+
+    def _shared(self, batch: Batch) -> Batch:
+        """The batch with what other ranks took in place of images that they could not read."""
+        if self._ranks.world_size == 1 or not self._ranks.any(bool(batch.set_aside)):
+            return batch
+        ids, set_aside = list(batch.ids), list(batch.set_aside)
+        for rank, text in enumerate(self._ranks.texts(json.dumps(batch.tries))):
+            if rank == self._ranks.rank:
+                continue
+            for position, tries in json.loads(text).items():
+                *bad, taken = [
+                    self._dataset.images[self._order.following(batch.step, int(position), n)].name
+                    for n in range(tries + 1)
+                ]
+                ids[int(position)] = taken
+                kind, detail = "an image that can't be read", f"on rank {rank}"
+                set_aside += [Problem(kind, name, detail) for name in bad]
+        return replace(batch, ids=ids, set_aside=set_aside)
 
     def _prepare(self, step: int) -> Future[Batch]:
         if step not in self._prepared:
@@ -140,13 +183,12 @@ class Batches:
         return self._prepared[step]
 
     def make(self, step: int) -> Batch:
-        """The batch of `step`, from 1. Raises DataError naming an image that can't be read."""
+        """The batch of `step`, from 1, as this rank knows it; see `get`."""
         indices, positions = self._order.indices(step), self._positions
-        samples = list(
-            self._loaders.map(
-                lambda position: self._load(indices[position], step, position), positions
-            )
-        )
+        loaded = list(self._loaders.map(lambda position: self._loaded(step, position), positions))
+        samples = [each.sample for each in loaded]
+        for position, each in zip(positions, loaded, strict=True):
+            indices[position] = each.index
         captions = [
             self._dataset.caption(
                 indices[position], generator(self._seed, Stream.CAPTION, step, position)
@@ -176,7 +218,29 @@ class Batches:
             noise=noise,
             posterior=posterior,
             dropout_u=uniforms(self._seed, Stream.DROPOUT, step, positions),
+            set_aside=[problem for each in loaded for problem in each.passed_over],
+            tries={
+                position: len(each.passed_over)
+                for position, each in zip(positions, loaded, strict=True)
+                if each.passed_over
+            },
         )
+
+    def _loaded(self, step: int, position: int) -> _Loaded:
+        """The first image that can be read, from that of `position` on in the order."""
+        passed_over: list[Problem] = []
+        while True:
+            index = self._order.following(step, position, len(passed_over))
+            try:
+                return _Loaded(index, self._load(index, step, position), passed_over)
+            except BadImage as error:
+                name = self._dataset.images[index].name
+                passed_over.append(Problem(error.kind, name, error.detail))
+                if len(passed_over) == _MOST_IN_A_ROW:
+                    raise DataError(
+                        f"step {step}: {_MOST_IN_A_ROW} images in a row can't be read; see whether "
+                        f"the disk is there; the last is {error}"
+                    ) from error
 
     def close(self) -> None:
         """Ends the threads."""

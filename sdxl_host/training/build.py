@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -28,6 +27,7 @@ from sdxl_host.sampling.pipeline import Conditions, ImageSampler
 from sdxl_host.training import data_sink, summary
 from sdxl_host.training.batches import Batches, fixed_crops
 from sdxl_host.training.compile_cache import CompileCache
+from sdxl_host.training.data_check import check_data
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.ema import EMA
 from sdxl_host.training.inputs import EncodePrompts, Encoder
@@ -44,6 +44,7 @@ from sdxl_host.training.optimizer import configured
 from sdxl_host.training.resume import find_checkpoint
 from sdxl_host.training.run_folder import RunFolder
 from sdxl_host.training.signals import Interruption
+from sdxl_host.training.skipped import SkippedImages
 from sdxl_host.training.state import RunRecord, RunState
 from sdxl_host.training.step import StepRunner, TrainStep
 from sdxl_host.training.trainer import OneByOne, RunStep, Trainer
@@ -73,12 +74,7 @@ def make_trainer(
     dataset = make_dataset(config.data)
     rank_size = config.data.per_batch_size * settings.gradient_accumulation_steps
     batch_size = rank_size * ranks.world_size
-    checkpoint, changes = find_checkpoint(
-        config, summary.samples_of(batch_size, dataset), batch_size
-    )
-    source = open_weight_setting(settings.weight) if checkpoint is None else None
-    with ThreadPoolExecutor(config.data.num_parallel_workers) as threads:
-        dataset.check(threads)
+    source = None if settings.continues else open_weight_setting(settings.weight)
     optimizer, rates = configured(config.optim, total, batch_size if settings.scale_lr else 1)
     hooks = make_hooks(config.plugins)
     model = hooks.build_model(config.tree)
@@ -86,8 +82,12 @@ def make_trainer(
     asked = hooks.copy()
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
+    check_data(dataset, config, say)
     if config.data.buckets:
         dataset.use_buckets(size_step(model))
+    checkpoint, changes = find_checkpoint(
+        config, summary.samples_of(batch_size, dataset), batch_size
+    )
     if settings.data_sink:
         data_sink.check(config, hooks, model, checkpoint.step if checkpoint else 0)
     ranks.check_equal(
@@ -121,7 +121,7 @@ def make_trainer(
 
     # What a step takes, and what is done with what it gives.
     positions = range(ranks.rank * rank_size, (ranks.rank + 1) * rank_size)
-    batches = _make_batches(config, dataset, model, batch_size, positions)
+    batches = _make_batches(config, dataset, model, batch_size, positions, ranks)
     graphs = CompileCache(
         Path(settings.compile_cache).expanduser().resolve() if settings.compile_cache else None,
         ranks.rank,
@@ -129,7 +129,8 @@ def make_trainer(
         say,
     )
     encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size, graphs)
-    quarters, plugin_notes = summary.ask_plugins(asked, model, config, checkpoint)
+    quarters, notes = summary.ask_plugins(asked, model, config, checkpoint)
+    notes += [*summary.caption_notes(asked, model, dataset), *optimizer.notes()]
     record = RunRecord(
         settings=folder.settings,
         plugins=summary.plugin_list(config),
@@ -149,7 +150,9 @@ def make_trainer(
         settings.max_num_ckpt,
     )
     grids = _make_grids(config, dataset, hooks, model, cell.ema, graphs)
+    skipped = None
     if ranks.is_main_process:
+        skipped = SkippedImages(folder.path, dataset.problems, state.step, say)
         metrics = folder.path / "metrics.jsonl"
         intervals = settings.log_interval, settings.save_ckpt_interval
         observers += [
@@ -181,11 +184,10 @@ def make_trainer(
         observers=observers,
         checkpoints=checkpoints,
         grids=grids,
+        skipped=skipped,
         say=say,
     )
-    for fact in summary.start_facts(
-        trainer, quarters, [*plugin_notes, *optimizer.notes()], checkpoint, changes, source
-    ):
+    for fact in summary.start_facts(trainer, quarters, notes, checkpoint, changes, source):
         say(fact)
     return trainer
 
@@ -196,6 +198,7 @@ def _make_batches(
     model: DiffusionModel,
     batch_size: int,
     positions: range,
+    ranks: Ranks,
 ) -> Batches:
     """What each step takes from the data and from chance, on this rank."""
     settings, first_stage, crops = config.train, model.first_stage, config.data.crops_per_image
@@ -212,6 +215,7 @@ def _make_batches(
         total=config.data.total_step,
         ahead=settings.sink_size if settings.data_sink else 1,
         load=fixed_crops(dataset, settings.seed, crops) if crops else None,
+        ranks=ranks,
     )
 
 

@@ -19,7 +19,7 @@ from sdxl_host.settings.options import describe
 from sdxl_host.training.optimizer import configured
 from sdxl_host.training.run_folder import started_from
 
-__all__ = ["find_checkpoint"]
+__all__ = ["find_checkpoint", "resumed_folder"]
 
 
 def find_checkpoint(
@@ -82,6 +82,13 @@ def find_checkpoint(
             f"{checkpoint.config_file}, or with these by --allow_changes True"
         )
     return checkpoint, differences
+
+
+def resumed_folder(settings: TrainSettings) -> Path | None:
+    """The folder of the run that the settings continue, or None. Raises ConfigError where they
+    name two checkpoints."""
+    folder = _named_folder(settings)
+    return None if folder is None else folder.expanduser().resolve().parent.parent
 
 
 def _named_folder(settings: TrainSettings) -> Path | None:

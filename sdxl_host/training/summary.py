@@ -19,10 +19,12 @@ from sdxl_host.device import on_ascend
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.models.attention import attention_in_use
 from sdxl_host.models.precision import half_notes, is_half, precision_line
-from sdxl_host.planning import curves
+from sdxl_host.planning import captions, curves
+from sdxl_host.planning.data import data_rows
 from sdxl_host.plugins.hooks import Hooks
 from sdxl_host.settings.declarations import TrainSettings
 from sdxl_host.training.distributed import Ranks
+from sdxl_host.training.skipped import SKIPPED, SkippedImages
 from sdxl_host.training.state import RunState
 from sdxl_host.weights.networks import weight_rows
 from sdxl_host.weights.source import Source
@@ -31,10 +33,12 @@ __all__ = [
     "Fact",
     "Row",
     "ask_plugins",
+    "caption_notes",
     "compiling",
     "compute_rows",
     "digest",
     "end_facts",
+    "longer_prompts",
     "plugin_list",
     "plugin_rows",
     "record",
@@ -56,6 +60,7 @@ class Run(Protocol):
     hooks: Hooks
     model: DiffusionModel
     state: RunState
+    skipped: SkippedImages | None
     is_interrupted: bool
 
     @property
@@ -108,6 +113,23 @@ def ask_plugins(
     return learned, asked.notes(model)
 
 
+def caption_notes(asked: Hooks, model: DiffusionModel, dataset: Text2ImageDataset) -> list[str]:
+    """Which captions are cut off, if any; of many images every so many are looked at.
+
+    asked: as for `ask_plugins`.
+    """
+    lengths = captions.caption_lengths(asked, model.encoders, captions.some_captions(dataset))
+    encoder = asked.chain("encode_prompt")
+    return captions.cut_note(lengths, "captions", encoder, longer_prompts(encoder), of=len(dataset))
+
+
+def longer_prompts(encoder: str) -> str:
+    """What keeps the tokens that `encoder`, a chain of those who encode prompts, cuts off."""
+    if "lpw" in encoder:
+        return "a higher --lpw_max_embeddings_multiples keeps them"
+    return "--lpw True keeps them"
+
+
 def plugin_rows(config: RunConfig, hooks: Hooks) -> list[Row]:
     """The selected plugins in order, and what each does to which hook."""
     names = ", ".join(p.installed.name for p in config.plugins) or "none"
@@ -134,24 +156,6 @@ def _update_rows(run: Run) -> list[Row]:
         return []
     product = " x ".join(f"{count} {what}" for count, what in parts if count > 1)
     return [("update", f"of {run.batch_size} samples: {product}")]
-
-
-def _data_rows(dataset: Text2ImageDataset) -> list[Row]:
-    """How many images there are, and with buckets how many of which size, each a graph."""
-    rows = [("data", f"{len(dataset):,} captioned images")]
-    if dataset.is_demo:
-        rows = [
-            ("data", f"{len(dataset)} captioned images that the package carries"),
-            ("", "(Fluent Emoji 3D, MIT, Microsoft); --data_path FOLDER trains on yours"),
-        ]
-    if dataset.is_bucketed:
-        graphs = len(dataset.sizes)
-        rows.append(("buckets", f"{graphs}, each a shape of its own that is compiled once"))
-        rows += [
-            ("", f"{width}x{height}: {count:,} images, of which cropping takes {loss:.1%}")
-            for (height, width), count, loss in dataset.bucket_rows()
-        ]
-    return rows
 
 
 def digest(config: RunConfig, dataset: Text2ImageDataset, checkpoint: Checkpoint | None) -> str:
@@ -199,7 +203,11 @@ def start_facts(
     elif checkpoint is None:
         untrained = "none, everything starts untrained (--weight FILE starts from one)"
         facts.append(("weights", untrained))
-    facts += [*_data_rows(run.dataset), quarters, ("run", str(run.save_path))]
+    facts += [
+        *data_rows(run.dataset, str(run.save_path / SKIPPED)),
+        quarters,
+        ("run", str(run.save_path)),
+    ]
     if checkpoint is not None:
         facts.append(("resumed", f"{checkpoint.folder} at step {checkpoint.step}"))
         facts += [("changed", change) for change in changes]
@@ -245,6 +253,9 @@ def end_facts(run: Run, seconds: float, checkpoint: Path | None, images: Path | 
     state, facts = run.state, list[Fact]()
     if state.skipped:
         facts.append(("skipped", f"{state.skipped} updates, whose gradients were not finite"))
+    if run.skipped is not None and run.skipped.count:
+        broken = "1 image" if run.skipped.count == 1 else f"{run.skipped.count:,} images"
+        facts.append(("set aside", f"{broken} that broke, listed in {run.skipped.path}"))
     facts += [
         f"trained to step {state.step} in {seconds:.0f} s",
         ("metrics", str(run.save_path / "metrics.jsonl")),

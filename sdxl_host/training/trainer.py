@@ -28,6 +28,7 @@ from sdxl_host.training.inputs import Encoder, draw_levels
 from sdxl_host.training.observers import Checkpoints, Grids, Observer
 from sdxl_host.training.run_folder import RunFolder
 from sdxl_host.training.signals import Interruption
+from sdxl_host.training.skipped import SkippedImages
 from sdxl_host.training.state import RunState
 from sdxl_host.training.step import StepRunner
 
@@ -68,7 +69,7 @@ class Trainer:
 
     batch_size: G, the samples of an update on all ranks. observers: called after the plugins at the
     end of each step, in this order; checkpoints and grids are among them on rank 0 alone.
-    say: shows the user a fact.
+    skipped: what is set aside of the data, on rank 0 alone. say: shows the user a fact.
     """
 
     config: RunConfig
@@ -86,6 +87,7 @@ class Trainer:
     observers: list[Observer]
     checkpoints: Checkpoints
     grids: Grids
+    skipped: SkippedImages | None
     say: Callable[[summary.Fact], None]
     is_interrupted: bool = False
     stop_reason: str | None = None
@@ -128,6 +130,8 @@ class Trainer:
         """Makes one step after the other, each as it stands here."""
         for step in range(self.state.step + 1, self.total_steps + 1):
             batch = self.batches.get(step)  # images, noise, uniforms; the next is made beside it
+            if batch.set_aside and self.skipped is not None:
+                self.skipped.add(step, batch.set_aside)
             levels = draw_levels(self.hooks, self.model, batch)  # sample_timesteps
             weight = self.hooks.weight_loss(self.model, levels, step)  # lambda on |D - z|^2
             six = coefficients(self.model.preconditioning, levels.sigma, weight)

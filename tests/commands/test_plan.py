@@ -76,6 +76,25 @@ def test_captions_with_and_without_long_prompts(
     assert longest in text
 
 
+def test_what_cant_be_used_is_counted_as_train_would(device: str, here: Path, capsys) -> None:
+    """And too much of it is refused as train would."""
+    folder = images(here / "data", {"a": "a cat", "b": "a dog", "c": "a cow"})
+    (folder / "b.png").write_bytes(b"")
+    words = ["--data_path", "data", "data.max_bad_fraction=0.5"]
+    assert plan(*words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("data        2 captioned images")
+    assert lines[place + 1 : place + 6] == [
+        "set aside   1",
+        "            1 x an empty image file (b.png: it is empty)",
+        "sizes       median 36x40, height x width",
+        "            smallest 36x40 (a.png)",
+        "            largest 36x40 (a.png)",
+    ]
+    assert "captions    none of 2 cut off; encoded by host" in lines
+    assert "1 of 3 images can't be read as an image" in refused(capsys, "--data_path", "data")
+
+
 def test_only_the_worst_captions_are_named_and_the_rest_counted(
     device: str, here: Path, capsys
 ) -> None:
@@ -250,11 +269,6 @@ def weight_of_another_model(here: Path) -> list[str]:
     return ["--weight", "w.safetensors"]
 
 
-def caption_missing(here: Path) -> list[str]:
-    (images(here / "data", {"a": "a cat", "b": "x"}) / "b.txt").unlink()
-    return ["--data_path", "data"]
-
-
 SHORT = (
     "optim.scheduler_config={target: sdxl_host.LambdaLinearScheduler, params: {warm_up_steps: [0], "
     "f_min: [1.0], f_max: [1.0], f_start: [1.0], cycle_lengths: [1.0]}}"
@@ -272,7 +286,6 @@ SHORT = (
         (lambda here: ["--sede", "1"], "--sede: there is no such flag (did you mean seed?)"),
         (lambda here: ["--plugins", "zzz"], "plugin zzz is not installed"),
         (lambda here: ["--data_path", "nowhere"], "data_path nowhere: there is no such folder"),
-        (caption_missing, "data/b.png: has no caption"),
         (lambda here: ["--weight", "no.safetensors"], "no.safetensors: there is no such file"),
         (weight_is_pickle, "w.ckpt: is a file of torch"),
         (weight_of_another_model, "holds weights of another shape: model.diffusion_model.out.2"),

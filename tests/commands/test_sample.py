@@ -66,6 +66,23 @@ def test_a_grid_is_written_where_out_says(plain: Path, tmp_path: Path, capsys) -
     assert height > 128
 
 
+def test_what_is_cut_of_a_prompt_is_said_before_it_is_drawn(
+    plain: Path, edm: Path, tmp_path: Path, capsys
+) -> None:
+    """With the plugins that the checkpoint was trained with, which take 227 tokens."""
+    out = ["--steps", "1", "--out", str(tmp_path / "g.png")]
+    prompts = ["--prompt", "cat " * 100, "--prompt", "a key", "--negative_prompt", "cat " * 80]
+    assert sample(plain, *prompts, *out) == 0
+    said = capsys.readouterr().out.splitlines()
+    note = (
+        "note        2 of the 3 prompts are longer than host encodes; 30 of their 182 tokens are "
+        f"lost, most in {('cat ' * 10)[:37]}... (25 of 100); shorten the prompt"
+    )
+    assert said.index(note) < said.index(f"images      {tmp_path}/g.png")
+    assert sample(edm, *prompts, *out) == 0
+    assert "longer than" not in capsys.readouterr().out
+
+
 def test_sampling_and_listing_open_no_network_connection(
     plain: Path, tmp_path: Path, no_network: None
 ) -> None:

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from support.images import captioned, image
 
-from sdxl_host.data import dataset as dataset_module
 from sdxl_host.data.dataset import Text2ImageDataset, make_dataset
 from sdxl_host.errors import ConfigError, DataError, HostError
 from sdxl_host.randomness import Stream, generator
@@ -53,16 +52,54 @@ def spoil(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "cut", "text", "flipped"])
-def test_a_image_that_cant_be_read_is_named(folder, how):
+def test_an_image_that_cant_be_read_is_named_and_set_aside(folder, how):
     captioned(folder, a="x", b="y", c="z")
     spoil(folder / "b.png", how)
     data = dataset(folder)
-    message = r"images/b\.png: can't be read as an image \(.*; replace or remove it$"
-    with pytest.raises(DataError, match=message):
-        check(data)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(
+        DataError, match=r"images/b\.png: can't be read as an image \(.*; replace or remove it$"
+    ):
         data.sample(1, draw())
-    data.sample(0, draw())
+    check(data)
+    assert [problem.name for problem in data.problems] == ["b.png"]
+    assert [image.name for image in data.images] == ["a.png", "c.png"]
+    assert data.sample(1, draw()).name == "c.png"
+
+
+def test_more_bad_images_than_may_be_are_refused_by_name(folder):
+    captioned(folder, a="x", b="y", c="z", d="w")
+    spoil(folder / "b.png", "empty")
+    with ThreadPoolExecutor(2) as threads:
+        dataset(folder).check(threads, 0.25)
+        with pytest.raises(DataError) as raised:
+            dataset(folder).check(threads, 0.24)
+    assert str(raised.value) == (
+        f"data_path {folder}: 1 of 4 images can't be read as an image, more than "
+        f"data.max_bad_fraction 0.24 lets be set aside: {folder}/b.png: it is empty; mend or "
+        "remove them, or set data.max_bad_fraction higher"
+    )
+
+
+def test_a_source_of_bad_images_alone_is_refused_whatever_is_allowed(folder):
+    captioned(folder, a="x")
+    spoil(folder / "a.png", "cut")
+    with pytest.raises(DataError, match="1 of 1 images can't be read"):
+        check(dataset(folder))
+
+
+@pytest.mark.parametrize("began_without", [[], ["b.png"]])
+def test_an_image_that_broke_after_a_run_began_keeps_its_place(folder, began_without):
+    """So that the order of a resumed run is that of one that goes on; one that was set aside when
+    it began has none."""
+    captioned(folder, a="x", b="y", c="z")
+    spoil(folder / "b.png", "cut")
+    data = dataset(folder)
+    with ThreadPoolExecutor(2) as threads:
+        data.check(threads, 0.34 if began_without else 0.0, began_without=began_without)
+    kept = ["a.png", "c.png"] if began_without else ["a.png", "b.png", "c.png"]
+    assert [image.name for image in data.images] == kept
+    assert [problem.name for problem in data.problems] == ["b.png"]
+    assert (data.heights_and_widths == (8, 12)).all()  # of one whose size is unknown, the median
 
 
 def test_a_sample_has_what_a_step_takes(folder):
@@ -121,13 +158,8 @@ def test_a_image_is_turned_as_its_exif_says(folder, orientation):
     ]
 
 
-@pytest.mark.parametrize("decoded_at_start", [1000, 0])
 @pytest.mark.parametrize(("orientation", "size"), [(1, (16, 24)), (6, (24, 16)), (3, (16, 24))])
-def test_the_original_size_is_that_after_the_rotation(
-    folder, monkeypatch, orientation, size, decoded_at_start
-):
-    """Also where there are so many images that only their headers are read at the start."""
-    monkeypatch.setattr(dataset_module, "_DECODED_AT_START", decoded_at_start)
+def test_the_original_size_is_that_after_the_rotation(folder, orientation, size):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (24, 16)).save(folder / "one.jpg", exif=exif)

@@ -78,7 +78,7 @@ def test_members_of_one_stem_are_a_sample(folder):
         ("1.tar/a.png", "a fox"),
     ]
     assert (listing.problems, listing.notes) == ([], [])
-    colors = [decode(image).getpixel((0, 0)) for image in listing.images]
+    colors = [decode(image).image.getpixel((0, 0)) for image in listing.images]
     assert colors == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
@@ -94,7 +94,7 @@ def test_long_and_foreign_names(folder, form):
     tar(folder / "0.tar", (f"{name}.png", png("blue")), (f"{name}.txt", "猫"), form=form)
     (found,) = read_folder(folder).images
     assert (found.name, found.text) == (f"0.tar/{name}.png", "猫")
-    assert decode(found).getpixel((0, 0)) == (0, 0, 255)
+    assert decode(found).image.getpixel((0, 0)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize(
@@ -345,5 +345,5 @@ def test_samples_are_read_in_any_order(folder):
     tar(folder / "0.tar", *members)
     images = read_folder(folder).images
     for index in np.random.default_rng(0).permutation(100):
-        assert decode(images[index]).getpixel((1, 1)) == colors[index]
+        assert decode(images[index]).image.getpixel((1, 1)) == colors[index]
         assert images[index].text == str(index)

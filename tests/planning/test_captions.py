@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from sdxl_host.data.captioned import Captioned
+from sdxl_host.data.captions import Captions
 from sdxl_host.diffusion.conditioning import TextEncoders
-from sdxl_host.planning.captions import Recorder, caption_lengths
+from sdxl_host.planning.captions import (
+    CaptionLength,
+    Recorder,
+    caption_lengths,
+    cut_note,
+    some_captions,
+)
 
 
 class Words:
@@ -134,3 +145,30 @@ def test_a_recorder_answers_zeros_of_the_encoders_shapes() -> None:
         assert not hidden.any()
         assert pooled is None if not encoder.pooled_width else pooled.shape == (3, 3)
         assert (recorder.begin, recorder.end, recorder.pad) == (901, 902, encoder.pad)
+
+
+def test_what_is_cut_is_one_sentence_with_the_remedy() -> None:
+    none, some, most = (CaptionLength(*one) for one in (("a", 9, 0), ("b", 80, 5), ("c", 99, 24)))
+    assert cut_note([none], "captions", "host") == []
+    assert cut_note([none, some, most], "captions", "host", "--lpw True keeps them") == [
+        "2 of the 3 captions are longer than host encodes; 29 of their 188 tokens are lost, most "
+        "in c (24 of 99); --lpw True keeps them"
+    ]
+    (note,) = cut_note([most], "captions", "host", of=1000)
+    assert note.startswith("1 of the 1 captions looked at, of 1,000 are longer than host encodes")
+    assert note.endswith("(24 of 99)")
+
+
+@pytest.mark.parametrize(("count", "looked_at"), [(10, 10), (11, 6), (95, 10)])
+def test_of_many_captions_some_are_looked_at_at_equal_distances(count: int, looked_at: int) -> None:
+
+    class Data(SimpleNamespace):
+        def __len__(self) -> int:
+            return count
+
+    images = [Captioned(str(n), "", f"text {n}") for n in range(count)]
+    found = some_captions(Data(images=images, captions=Captions()), 10)
+    assert len(found) == looked_at
+    steps = {int(b) - int(a) for (a, _), (b, _) in pairwise(found)}
+    assert len(steps) == 1
+    assert found[1] == (found[1][0], [f"text {found[1][0]}"])

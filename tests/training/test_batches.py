@@ -16,6 +16,7 @@ from sdxl_host.data.dataset import Text2ImageDataset
 from sdxl_host.data.order import Order
 from sdxl_host.errors import DataError
 from sdxl_host.training.batches import Batch, Batches
+from sdxl_host.training.distributed import Ranks
 
 TOTAL = 7
 
@@ -82,12 +83,65 @@ def test_the_next_batches_are_made_in_a_thread_and_no_more_of_them(
     assert not batches._prepared  # images are not kept
 
 
-def test_an_image_that_can_t_be_read_is_named_at_its_step(make: Any, tmp_path: Path) -> None:
+def test_in_place_of_an_image_that_broke_the_next_in_order_is_taken(
+    make: Any, tmp_path: Path
+) -> None:
+    """With its own caption, and the crop and noise of the place; its neighbours do not change."""
+    whole = make()
+    broken = whole._order.indices(2)[1]
+    (tmp_path / f"{broken}.png").write_bytes(b"no image")
     batches = make()
-    needed = {batches._order.indices(2)[position] for position in (1, 2)}
-    before = {batches._order.indices(1)[position] for position in (1, 2)}
-    (tmp_path / f"{min(needed - before)}.png").write_bytes(b"no image")
-    batches.get(1)
-    with pytest.raises(DataError, match=rf"{min(needed - before)}\.png"):
-        batches.get(2)
+    for step in range(1, TOTAL + 1):
+        batch, expected = batches.get(step), []
+        for position in (1, 2):
+            place = next(n for n in range(9) if whole._order.following(step, position, n) != broken)
+            expected.append(whole._order.following(step, position, place))
+            assert batch.tries.get(position, 0) == place
+        assert [batch.ids[position] for position in (1, 2)] == [f"{n}.png" for n in expected]
+        assert batch.captions == [f"image {n}" for n in expected]
+        assert {problem.name for problem in batch.set_aside} <= {f"{broken}.png"}
+        assert len(batch.set_aside) == sum(batch.tries.values())
+        if step == 2:
+            assert batch.set_aside[0].kind == "a file that is no image"
+    batches.close()
+
+
+def test_other_ranks_know_which_image_was_taken_instead(make: Any, tmp_path: Path) -> None:
+    """Hooks see the names of all G samples, so they must be the same on every rank."""
+    batches = make()
+    broken = batches._order.indices(2)[1]
+    (tmp_path / f"{broken}.png").write_bytes(b"no image")
+
+    class Two(Ranks):
+        """Rank 1 of two; rank 0 has passed over two images at position 3, and one at 0."""
+
+        def any(self, flag: bool) -> bool:
+            return True
+
+        def texts(self, text: str) -> list[str]:
+            return ['{"3": 2, "0": 1}', text]
+
+    batches._ranks = Two(1, 2)
+    batch = batches.get(2)
+    following = batches._order.following
+    assert batch.ids[0] == f"{following(2, 0, 1)}.png"
+    assert batch.ids[1] == f"{following(2, 1, batch.tries[1])}.png"
+    assert batch.ids[3] == f"{following(2, 3, 2)}.png"
+    own = len([one for one in batch.set_aside if one.detail != "on rank 0"])
+    assert own == sum(batch.tries.values()) >= 1
+    assert [one.name for one in batch.set_aside[own:]] == [
+        f"{following(2, 3, 0)}.png",
+        f"{following(2, 3, 1)}.png",
+        f"{following(2, 0, 0)}.png",
+    ]
+    batches.close()
+
+
+def test_where_no_image_can_be_read_the_run_ends(make: Any, tmp_path: Path) -> None:
+    for file in tmp_path.glob("*.png"):
+        file.write_bytes(b"")
+    batches = make()
+    message = r"^step 1: 16 images in a row can't be read; see .*\.png: can't be read as an image"
+    with pytest.raises(DataError, match=message):
+        batches.get(1)
     batches.close()

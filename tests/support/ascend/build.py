@@ -11,6 +11,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,12 +54,19 @@ def build(root: Path) -> Path:
     for file in (*SOURCES, Path(__file__).name):
         digest.update((HERE / file).read_bytes())
     folder = root / digest.hexdigest()[:16]
-    home = folder / "ascend-toolkit" / "latest"  # MindSpore looks for a folder named latest
-    if not (folder / "built").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        _build(folder, home)
-        (folder / "built").touch()
-    return home
+    inside = Path("ascend-toolkit", "latest")  # MindSpore looks for a folder named latest
+    if not folder.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=root))
+        try:
+            _build(made, made / inside)
+            made.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return folder / inside
 
 
 def _build(folder: Path, home: Path) -> None:
