@@ -17,7 +17,7 @@ from sdxl_host.data.decode import decode, decoded_size, header_size
 from sdxl_host.data.folder import read_folder
 from sdxl_host.data.problems import Listing
 from sdxl_host.data.transforms import Transform
-from sdxl_host.errors import DataError, did_you_mean
+from sdxl_host.errors import DataError, PluginError, did_you_mean
 from sdxl_host.settings.declarations import DataSettings
 from sdxl_host.settings.targets import build
 
@@ -208,7 +208,12 @@ def make_dataset(settings: DataSettings) -> Text2ImageDataset:
     node = settings.dataset_config
     if settings.resolution:
         node = _at_resolution(node, settings.resolution)
-    dataset: Text2ImageDataset = build(node, "dataset", "data.dataset_config")
+    dataset = build(node, "dataset", "data.dataset_config")
+    if not isinstance(dataset, Text2ImageDataset):
+        raise PluginError(
+            f"data.dataset_config.target: {node['target']} is not derived from "
+            "sdxl_host.Text2ImageDataset; its package must derive it, or name another dataset"
+        )
     dataset.captions = Captions(
         settings.captions,
         settings.caption_prefix,

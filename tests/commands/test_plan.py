@@ -250,8 +250,8 @@ def weight_of_another_model(here: Path) -> list[str]:
     return ["--weight", "w.safetensors"]
 
 
-def caption_missing(here: Path) -> list[str]:
-    (images(here / "data", {"a": "a cat", "b": "x"}) / "b.txt").unlink()
+def captions_missing(here: Path) -> list[str]:
+    (images(here / "data", {"b": "x"}) / "b.txt").unlink()
     return ["--data_path", "data"]
 
 
@@ -272,7 +272,7 @@ SHORT = (
         (lambda here: ["--sede", "1"], "--sede: there is no such flag (did you mean seed?)"),
         (lambda here: ["--plugins", "zzz"], "plugin zzz is not installed"),
         (lambda here: ["--data_path", "nowhere"], "data_path nowhere: there is no such folder"),
-        (caption_missing, "data/b.png: has no caption"),
+        (captions_missing, "image, but 1 x an image without a caption (b.png); put images"),
         (lambda here: ["--weight", "no.safetensors"], "no.safetensors: there is no such file"),
         (weight_is_pickle, "w.ckpt: is a file of torch"),
         (weight_of_another_model, "holds weights of another shape: model.diffusion_model.out.2"),
