@@ -7,7 +7,7 @@ PACKAGES := -e . -e plugins/sdxl_edm -e plugins/sdxl_snr -e plugins/sdxl_timeste
 EXAMPLES := $(patsubst %,-e %,$(patsubst %/pyproject.toml,%,$(wildcard examples/plugins/*/pyproject.toml)))
 MANIFESTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: demo test parity soak lint clean
+.PHONY: demo test ascend parity soak lint clean
 
 demo: $(VENV)/ready  ## trains a small model with two plugins on the carried images
 	$(VENV)/bin/sdxl-host train --plugins edm,snr
@@ -31,6 +31,10 @@ parity: $(VENV)/ready-dev $(VENV)-parity/ready  ## our networks against diffuser
 	$(VENV)/bin/python tests/parity/train_lora.py build/parity/pipeline build/parity/lora
 	$(VENV)-parity/bin/python tests/parity/check_lora.py build/parity/pipeline \
 	  build/parity/lora/run/checkpoints/latest/lora.safetensors build/parity/lora/expected.npz
+
+ascend: $(VENV)/ready-dev  ## law 11: MindSpore's Ascend backend compiles our steps, without an Ascend
+	@command -v g++ >/dev/null || { echo "make ascend: g++ is missing; apt install g++ binutils"; exit 1; }
+	$(VENV)/bin/python -m pytest -m ascend -n 2 --dist loadfile tests/ascend
 
 soak: $(VENV)/ready-dev  ## the long forms of the tests
 	$(VENV)/bin/python -m pytest -m soak
