@@ -16,7 +16,7 @@ import sys
 import tempfile
 import tokenize
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -84,11 +84,13 @@ class Site:
         distribution: str | None = None,
         version: str = "1.0",
         requires: str = "sdxl-host>=0.1,<0.2",
-        targets: Sequence[str] = (),
+        targets: Sequence[str] | Mapping[str, str] = (),
+        has_plugin: bool = True,
     ) -> str:
         """Installs a plugin called `name` and returns its module's name.
 
-        targets: names it declares as targets, all of them served by the module's `targets`.
+        targets: names it declares as targets, all of them served by the module's `targets`, or by
+        what each is mapped to. has_plugin: whether the package has the plugin, or targets alone.
         options: lines of a dataclass body, such as `size: int = 3`. source: the whole module
         instead, whose class is `Fake`.
         """
@@ -97,6 +99,7 @@ class Site:
         if source is None:
             source = plugin_source(options)
         (self.folder / f"{module}.py").write_text(source, "utf-8")
+        served = targets if isinstance(targets, Mapping) else dict.fromkeys(targets, "targets")
         information = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         information.mkdir()
         information.joinpath("METADATA").write_text(
@@ -105,8 +108,9 @@ class Site:
             "utf-8",
         )
         information.joinpath("entry_points.txt").write_text(
-            f"[sdxl_host.plugins]\n{name} = {module}:Fake\n[sdxl_host.targets]\n"
-            + "".join(f"{target} = {module}:targets\n" for target in targets),
+            (f"[sdxl_host.plugins]\n{name} = {module}:Fake\n" if has_plugin else "")
+            + "[sdxl_host.targets]\n"
+            + "".join(f"{target} = {module}:{served[target]}\n" for target in served),
             "utf-8",
         )
         self.modules.append(module)

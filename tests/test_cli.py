@@ -224,15 +224,18 @@ def image_corrupt(here: Path) -> tuple[list[str], str]:
     return ["--data_path", "data"], "data/b.png: image file is truncated"
 
 
-def image_missing(here: Path) -> tuple[list[str], str]:
+def image_outside(here: Path) -> tuple[list[str], str]:
     table = images(here / "data") / "metadata.jsonl"
-    table.write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "c.png", "text": "x"}\n')
-    return ["--data_path", "data"], "metadata.jsonl, line 2: names the image c.png"
+    table.write_text(
+        '{"file_name": "a.png", "text": "x"}\n{"file_name": "../c.png", "text": "x"}\n'
+    )
+    return ["--data_path", "data"], "metadata.jsonl, line 2: names ../c.png, which is outside"
 
 
-def caption_missing(here: Path) -> tuple[list[str], str]:
-    (images(here / "data") / "b.txt").unlink()
-    return ["--data_path", "data"], "data/b.png: has no caption"
+def captions_missing(here: Path) -> tuple[list[str], str]:
+    for caption in images(here / "data").glob("*.txt"):
+        caption.unlink()
+    return ["--data_path", "data"], "image, but 2 x an image without a caption (a.png)"
 
 
 def transform_unknown(here: Path) -> tuple[list[str], str]:
@@ -255,8 +258,8 @@ BAD = [
     folder_missing,
     folder_empty,
     image_corrupt,
-    image_missing,
-    caption_missing,
+    image_outside,
+    captions_missing,
     transform_unknown,
     optimizer_param,
     resume_missing,

@@ -21,16 +21,21 @@ ROOT = Path(sdxl_host.__file__).parents[1]
 HOST = Path(sdxl_host.__file__).parent
 
 PUBLIC_NAMES = [
+    "Captioned",
+    "DataError",
     "DiffusionModel",
     "DiscreteDistribution",
+    "Listing",
     "NoiseDistribution",
     "NoiseLevels",
     "NoiseSchedule",
     "PluginError",
     "Preconditioning",
+    "Problem",
     "PromptEmbedding",
     "SamplingDefaults",
     "StepResult",
+    "Text2ImageDataset",
     "TextEncoders",
     "TrainerView",
     "encode_truncated",
@@ -70,6 +75,8 @@ FIELDS = {
     "NoiseLevels": ["sigma", "snr", "timestep", "distribution"],
     "PromptEmbedding": ["context", "pooled", "mask"],
     "SamplingDefaults": ["spacing", "sigma_min", "sigma_max", "sampler"],
+    "Captioned": ["name", "file", "text", "span", "repeats"],
+    "Problem": ["kind", "name", "detail"],
 }
 
 # The methods and parameters plugins call or override.
@@ -93,6 +100,7 @@ SIGNATURES = {
     "NoiseSchedule.timestep": ["self", "sigma"],
     "NoiseSchedule.nearest": ["self", "sigma"],
     "encode_truncated": ["prompts", "encoders"],
+    "Text2ImageDataset.list_images": ["self", "source"],
 }
 MODEL_ATTRIBUTES = [
     "preconditioning",

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from sdxl_host.config import mindone
+from sdxl_host.config.dataset_targets import register_datasets
 from sdxl_host.config.flags import SECTIONS, Arguments, apply_flag, apply_override
 from sdxl_host.config.interpolation import as_written, refuse_resolvers, resolve
 from sdxl_host.config.layers import Layers, Place, leaves
@@ -120,6 +121,7 @@ def _merged(tree: DictConfig, file: str, line: Arguments, path: str) -> RunConfi
     # All layers are merged: fill in interpolations, then check, and add the defaults.
     resolve(tree)
     mindone.rename_targets(tree)  # those that interpolations have put together
+    register_datasets(tree)
     idle_params = mindone.drop_idle_params(tree)
     sections: dict[str, Any] = {}
     for name, schema in SCHEMAS.items():

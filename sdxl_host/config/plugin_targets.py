@@ -8,6 +8,8 @@ It is called once with every part that the config's model section names, by slot
 "scaling", "weighting", "discretization", "sigma_sampler"): the target's last word and its params.
 What it returns are options of the package's plugin. It raises PluginError for a combination that no
 option expresses. The nodes are then taken out, so the host's own parts stand in their place.
+
+A name may stand for a class instead, which is then a dataset or a transform: `dataset_targets`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sdxl_host.plugins.discovery import (
 from sdxl_host.plugins.selection_and_order import Selection
 from sdxl_host.settings.targets import is_known
 
-__all__ = ["GROUP", "adopt"]
+__all__ = ["GROUP", "adopt", "declared"]
 
 GROUP = "sdxl_host.targets"
 
@@ -61,7 +63,7 @@ def adopt(layers: Layers, selection: Selection) -> None:
     foreign = [node for node in nodes if not is_known(node.target)]
     if not foreign:
         return
-    served = _served()
+    served = declared()
     by_distribution: dict[str, list[_Node]] = {}
     for node in foreign:
         if node.target in served:
@@ -109,7 +111,7 @@ def _parts(nodes: list[_Node]) -> dict[str, tuple[str, Mapping[str, Any]]]:
     return {slot: (node.short, node.params) for slot, node in found.items()}
 
 
-def _served() -> dict[str, Entry]:
+def declared() -> dict[str, Entry]:
     """The declared target names. Raises PluginError for one that two packages declare."""
     found: dict[str, Entry] = {}
     # One that can't be read stands back; its plugin, once selected, says so.
@@ -150,6 +152,11 @@ def _options(
     module, _, attribute = entry.value.partition(":")
     try:
         function = getattr(importlib.import_module(module.strip()), attribute.strip())
+        if isinstance(function, type):
+            raise PluginError(
+                f"plugin {plugin}: the target {entry.name} is a class, which can stand for a "
+                "dataset or a transform alone; name it there, or another target here"
+            )
         options = function(parts)
     except PluginError:
         raise

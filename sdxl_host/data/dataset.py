@@ -18,7 +18,7 @@ from sdxl_host.data.folder import read_folder
 from sdxl_host.data.problems import Listing
 from sdxl_host.data.survey import survey
 from sdxl_host.data.transforms import Resize, Transform
-from sdxl_host.errors import DataError, did_you_mean, in_brief
+from sdxl_host.errors import DataError, PluginError, did_you_mean, in_brief
 from sdxl_host.settings.declarations import DataSettings
 from sdxl_host.settings.targets import build
 
@@ -244,7 +244,12 @@ def make_dataset(settings: DataSettings) -> Text2ImageDataset:
     node = settings.dataset_config
     if settings.resolution:
         node = _at_resolution(node, settings.resolution)
-    dataset: Text2ImageDataset = build(node, "dataset", "data.dataset_config")
+    dataset = build(node, "dataset", "data.dataset_config")
+    if not isinstance(dataset, Text2ImageDataset):
+        raise PluginError(
+            f"data.dataset_config.target: {node['target']} is not derived from "
+            "sdxl_host.Text2ImageDataset; its package must derive it, or name another dataset"
+        )
     dataset.captions = Captions(
         settings.captions,
         settings.caption_prefix,

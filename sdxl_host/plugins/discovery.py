@@ -27,6 +27,7 @@ __all__ = [
     "Installed",
     "discover",
     "entries",
+    "entry_problem",
     "find",
     "fitting",
     "import_class",
@@ -222,15 +223,26 @@ def fitting(plugin: Installed, installed: Sequence[Installed]) -> str | None:
             f"the name {plugin.name} belongs to the host; {plugin.distribution} must rename its "
             "entry point"
         )
-    if plugin.requires is None:
+    return _version_problem(plugin.distribution, plugin.version, plugin.requires)
+
+
+def entry_problem(entry: Entry) -> str | None:
+    """The same for an entry point that is no plugin's."""
+    if entry.damage:
+        return f"{entry.damage}; delete this folder, or install the package again"
+    return _version_problem(entry.distribution, entry.version, _required_host(entry.requires))
+
+
+def _version_problem(distribution: str, version: str, requires: SpecifierSet | None) -> str | None:
+    if requires is None:
         return (
-            f"{plugin.distribution} {plugin.version} does not say which versions of sdxl-host it "
+            f"{distribution} {version} does not say which versions of sdxl-host it "
             "works with; it must declare one in its dependencies (sdxl-host>=X,<Y)"
         )
-    if not plugin.requires.contains(__version__, prereleases=True):
+    if not requires.contains(__version__, prereleases=True):
         return (
-            f"{plugin.distribution} {plugin.version} needs sdxl-host{plugin.requires}, and this is "
-            f"sdxl-host {__version__}; pip install --upgrade {plugin.distribution} sdxl-host"
+            f"{distribution} {version} needs sdxl-host{requires}, and this is "
+            f"sdxl-host {__version__}; pip install --upgrade {distribution} sdxl-host"
         )
     return None
 

@@ -269,6 +269,11 @@ def weight_of_another_model(here: Path) -> list[str]:
     return ["--weight", "w.safetensors"]
 
 
+def captions_missing(here: Path) -> list[str]:
+    (images(here / "data", {"b": "x"}) / "b.txt").unlink()
+    return ["--data_path", "data"]
+
+
 SHORT = (
     "optim.scheduler_config={target: sdxl_host.LambdaLinearScheduler, params: {warm_up_steps: [0], "
     "f_min: [1.0], f_max: [1.0], f_start: [1.0], cycle_lengths: [1.0]}}"
@@ -286,6 +291,7 @@ SHORT = (
         (lambda here: ["--sede", "1"], "--sede: there is no such flag (did you mean seed?)"),
         (lambda here: ["--plugins", "zzz"], "plugin zzz is not installed"),
         (lambda here: ["--data_path", "nowhere"], "data_path nowhere: there is no such folder"),
+        (captions_missing, "image, but 1 x an image without a caption (b.png); put images"),
         (lambda here: ["--weight", "no.safetensors"], "no.safetensors: there is no such file"),
         (weight_is_pickle, "w.ckpt: is a file of torch"),
         (weight_of_another_model, "holds weights of another shape: model.diffusion_model.out.2"),

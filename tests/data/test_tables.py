@@ -42,6 +42,7 @@ def refuse(folder, message: str) -> None:
         ("any.csv", '"dir","text"\r\n"a.png","cat"\r\n'),
         ("metadata.jsonl", '{"text": "cat", "width": 5, "file_name": "a.png"}\r\n'),
         ("metadata.jsonl", '{"text": "cat", "file_name": "./a.png"}'),
+        ("metadata.jsonl", '{"text": "cat",\r"file_name": "a.png"}'),
         ("metadata.jsonl", '{"text": "cat", "file_name": "sub/.././/a.png"}'),
     ],
 )
