@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.images import captioned, image
 
+from sdxl_host.data import dataset as dataset_module
 from sdxl_host.data.dataset import Text2ImageDataset, make_dataset
 from sdxl_host.errors import ConfigError, DataError, HostError
 from sdxl_host.randomness import Stream, generator
@@ -244,6 +245,36 @@ def test_transforms_that_do_not_end_in_the_networks_input_are_named(folder, tran
     image(captioned(folder, a="x") / "a.png", 40, 20)
     with pytest.raises(HostError, match=r"^data\.dataset_config\.params\.transforms\b"):
         dataset(folder, transforms).sample(0, draw())
+
+
+def test_a_large_jpeg_is_reduced_before_it_is_resized_and_its_size_is_kept(folder, monkeypatch):
+    """The pixels are those of the whole one, but for what reducing in two steps rounds."""
+    rows = np.linspace(0, 255, 320).astype(np.uint8)
+    pixels = np.stack([np.tile(rows, (160, 1))] * 3, -1)
+    Image.fromarray(pixels).save(folder / "a.jpg", quality=95)
+    (folder / "a.txt").write_text("x")
+    asked = []
+
+    def noting(entry, at_least=None):
+        asked.append((at_least, original(entry, at_least)))
+        return asked[-1][1]
+
+    original = dataset_module.decode
+    monkeypatch.setattr(dataset_module, "decode", noting)
+    sample = dataset(folder).sample(0, draw())
+    ((needed, decoded),) = asked
+    assert (needed, decoded.image.size) == ((SIDE, SIDE), (40, 20))
+    assert sample.sizes["original_size_as_tuple"] == (160, 320)
+    monkeypatch.setattr(dataset_module, "decode", lambda entry, at_least: original(entry))
+    whole = dataset(folder).sample(0, draw())
+    assert whole.sizes == sample.sizes
+    assert np.abs(whole.pixels - sample.pixels).max() < 4 / 127.5
+    # What comes before Resize may need all of it.
+    asked.clear()
+    monkeypatch.setattr(dataset_module, "decode", noting)
+    with pytest.raises(HostError):
+        dataset(folder, [CROP, RESIZE]).sample(0, draw())
+    assert asked[0][0] is None
 
 
 def test_only_picks_by_name_in_the_order_given(folder):

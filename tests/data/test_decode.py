@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import socket
 import struct
 import threading
@@ -16,6 +18,7 @@ import pytest
 from PIL import Image, PngImagePlugin, features
 from support.profiles import DISPLAY_P3, DISPLAY_P3_2_2, GREY_LINEAR, SRGB, cmyk_without_black
 
+from sdxl_host.data import decode as decode_module
 from sdxl_host.data.captioned import Captioned
 from sdxl_host.data.decode import FORMATS, BadImage, Decoded, Remark, decode, scaled_part
 
@@ -410,3 +413,11 @@ def test_damage_of_any_kind_is_one_line(tmp_path: Path, capfd: pytest.CaptureFix
 def test_the_formats_are_those_that_pillow_reads_itself() -> None:
     assert set(FORMATS) >= {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"}
     assert "EPS" not in FORMATS
+
+
+def test_every_kind_of_bad_file_is_documented() -> None:
+    source = inspect.getsource(decode_module)
+    kinds = set(re.findall(r'"((?:an? |not a )[a-z][^":]{12,})"', source))
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    documented = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+    assert {kind for kind in kinds if "image" in kind or "file" in kind} == documented
