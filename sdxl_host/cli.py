@@ -22,6 +22,10 @@ _COMMANDS = {
         "sdxl_host.commands.plan:plan",
         "show what a training would be, without training: settings, curves, captions, memory",
     ),
+    "cache": (
+        "sdxl_host.commands.cache:cache",
+        "make the latents and embeddings that a training reads from a cache",
+    ),
     "sample": ("sdxl_host.commands.sample:sample", "draw images from a checkpoint"),
     "convert": (
         "sdxl_host.commands.convert:convert",

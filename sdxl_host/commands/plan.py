@@ -122,9 +122,11 @@ def _csv(before: Curve, after: Curve) -> str:
 
 def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     """What is shown below the config, and the curves without plugins and with them."""
+    from sdxl_host.caching.keys import check_cacheable
     from sdxl_host.planning.curves import curves, quarters, tenths
     from sdxl_host.planning.memory import model_parts
     from sdxl_host.plugins.hooks import make_hooks
+    from sdxl_host.training import data_sink
     from sdxl_host.training.resume import find_checkpoint
     from sdxl_host.training.summary import compute_rows, plugin_rows, samples_of
     from sdxl_host.weights.networks import check_fit, weight_rows
@@ -143,6 +145,9 @@ def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     before, after = curves(hooks, model, config.tree)
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
+    check_cacheable(config, hooks, dataset)
+    if config.train.data_sink:
+        data_sink.check(config, hooks, model, checkpoint.step if checkpoint else 0)
     parts = model_parts(model)
     facts: list[Fact] = [
         *plugin_rows(config, hooks),

@@ -33,6 +33,7 @@ __all__ = [
     "ask_plugins",
     "compiling",
     "compute_rows",
+    "data_rows",
     "digest",
     "end_facts",
     "plugin_list",
@@ -136,7 +137,7 @@ def _update_rows(run: Run) -> list[Row]:
     return [("update", f"of {run.batch_size} samples: {product}")]
 
 
-def _data_rows(dataset: Text2ImageDataset) -> list[Row]:
+def data_rows(dataset: Text2ImageDataset) -> list[Row]:
     if not dataset.is_demo:
         return [("data", f"{len(dataset)} captioned images")]
     return [
@@ -170,11 +171,13 @@ def start_facts(
     checkpoint: Checkpoint | None,
     changes: Sequence[str],
     source: Source | None,
+    cached: str = "",
 ) -> list[Fact]:
     """The start of a run: plugins, objective, network, data, where it learns, and what to note.
 
     notes: of plugins and optimizer. changes: how the run differs from the one it resumes. source:
-    the weights the run starts from, None where it begins untrained or resumes.
+    the weights the run starts from, None where it begins untrained or resumes. cached: what it
+    takes from a cache, if anything.
     """
     config, networks = run.config, run.state.networks
     trained = sum(parameter.size for parameter in networks.trained)
@@ -190,7 +193,10 @@ def start_facts(
     elif checkpoint is None:
         untrained = "none, everything starts untrained (--weight FILE starts from one)"
         facts.append(("weights", untrained))
-    facts += [*_data_rows(run.dataset), quarters, ("run", str(run.save_path))]
+    facts += data_rows(run.dataset)
+    if cached:
+        facts.append(("cache", cached))
+    facts += [quarters, ("run", str(run.save_path))]
     if checkpoint is not None:
         facts.append(("resumed", f"{checkpoint.folder} at step {checkpoint.step}"))
         facts += [("changed", change) for change in changes]
