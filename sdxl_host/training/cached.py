@@ -123,7 +123,7 @@ class _CachedEmbeddings:
         self._cache, self._keys, self._has_mask = cache, keys, has_mask
 
     def __call__(self, captions: Sequence[str]) -> PromptEmbedding:
-        rows = [self._cache.read(self._keys.key(caption), in_short(caption)) for caption in captions]
+        rows = [self._cache.read(self._keys.key(each), in_short(each)) for each in captions]
         context, pooled = (
             np.stack([row[name].astype(np.float32, copy=False) for row in rows])
             for name in ("context", "pooled")
