@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,6 +39,10 @@ _CHECKSUM_BYTES = 16
 # What waits in memory to be written, at most. A process that is killed loses that.
 _SHARD_BYTES = 256 << 20
 _SHARD_SECONDS = 300.0
+
+# The header's part for other things than tensors, and in it the digest of the header itself.
+_METADATA, _INDEX = "__metadata__", "index"
+_NO_DIGEST = "0" * 2 * _CHECKSUM_BYTES
 
 _SUFFIX = ".cache.safetensors"
 _DTYPES = {SAFETENSORS_NAMES[name]: dtype for name, dtype in DTYPES.items()}
@@ -161,29 +166,23 @@ class Cache:
             length = int.from_bytes(file.read(8), "little")
             if length > size:
                 raise ValueError("it is cut short")
-            tensors: dict[str, Any] = json.loads(file.read(length))
-        metadata = tensors.pop("__metadata__")
-        checksums: dict[str, str] = json.loads(metadata["entries"])
-        if metadata["index"] != _index_digest(tensors, metadata["entries"]):
+            header = file.read(length)
+        tensors: dict[str, Any] = json.loads(header)
+        checksums: dict[str, str] = tensors.pop(_METADATA)
+        if checksums.pop(_INDEX) != _index_digest(header):
             raise ValueError("its checksum is another one")
-        base = 8 + length
-        listed: dict[str, list[tuple[int, int, tuple[str, str, tuple[int, ...]]]]] = {}
-        for name, tensor in tensors.items():
-            key, _, array = name.partition(".")
-            start, end = tensor["data_offsets"]
-            if base + end > size:
+        start, base, number = 0, 8 + length, len(self._shards)
+        # As it was written: entry after entry, and the arrays of each side by side.
+        named = ((*name.split(".", 1), tensor) for name, tensor in tensors.items())
+        for key, arrays in groupby(named, key=lambda each: each[0]):
+            parts = [(name, tensor["dtype"], tuple(tensor["shape"])) for _, name, tensor in arrays]
+            layout = self._layouts.setdefault(tuple(parts), tuple(parts))
+            nbytes = sum(_DTYPES[dtype].itemsize * math.prod(shape) for _, dtype, shape in layout)
+            if base + start + nbytes > size:
                 raise ValueError("the file is cut short")
-            listed.setdefault(key, []).append(
-                (start, end, (array, tensor["dtype"], tuple(tensor["shape"])))
-            )
-        number = len(self._shards)
-        for key, parts in listed.items():
-            parts.sort(key=lambda part: part[:2])
-            layout = tuple(part[2] for part in parts)
-            layout = self._layouts.setdefault(layout, layout)
-            start, end = parts[0][0], parts[-1][1]
             checksum = bytes.fromhex(checksums[key])
-            yield bytes.fromhex(key), _Place(number, base + start, end - start, layout, checksum)
+            yield bytes.fromhex(key), _Place(number, base + start, nbytes, layout, checksum)
+            start += nbytes
 
 
 class CacheWriter:
@@ -254,10 +253,10 @@ def _write(file: BinaryIO, entries: Mapping[Key, Arrays]) -> None:
                 "data_offsets": [position, position + len(part)],
             }
             position += len(part)
-    listed = json.dumps(checksums)
-    metadata = {"entries": listed, "index": _index_digest(tensors, listed)}
-    header = json.dumps({"__metadata__": metadata, **tensors}).encode("utf-8")
+    metadata = {_INDEX: _NO_DIGEST, **checksums}
+    header = json.dumps({_METADATA: metadata, **tensors}).encode("ascii")
     header += b" " * (-len(header) % 8)
+    header = header.replace(_NO_DIGEST.encode(), _index_digest(header).encode(), 1)
     file.write(len(header).to_bytes(8, "little"))
     file.write(header)
     for arrays in entries.values():
@@ -265,9 +264,10 @@ def _write(file: BinaryIO, entries: Mapping[Key, Arrays]) -> None:
             file.write(array.tobytes())
 
 
-def _index_digest(tensors: Mapping[str, Any], checksums: str) -> str:
-    data = _canonical([dict(tensors), checksums])
-    return hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).hexdigest()
+def _index_digest(header: bytes) -> str:
+    """Of a header with its own digest left out."""
+    before, quote, rest = header.partition(f'"{_INDEX}": "'.encode())
+    return _checksum(before, quote, rest[len(_NO_DIGEST) :]).hex()
 
 
 def _checksum(*parts: bytes) -> bytes:
