@@ -36,7 +36,7 @@ from sdxl_host.hookspecs import HOOKS, hookimpl
 from sdxl_host.plugins.defaults import Defaults
 from sdxl_host.plugins.discovery import Installed, find, fitting, import_class
 from sdxl_host.plugins.roles import implementations
-from sdxl_host.settings.declarations import SCHEMAS, SETTINGS, UNBUILT
+from sdxl_host.settings.declarations import SCHEMAS, SETTINGS
 from sdxl_host.settings.options import describe
 from sdxl_host.settings.targets import TARGETS
 from sdxl_host.testing.runs import only
@@ -227,15 +227,6 @@ def _described(row: dict[str, Any]) -> list[str]:
     kind = row["type"].replace("dict[str, typing.Any]", "mapping")
     default = '""' if row["default"] == "" else str(row["default"])
     return [", ".join([kind, *limits]), f"`{default}`", row["help"]]
-
-
-def _refused() -> tuple[list[str], list[list[str]]]:
-    """Flags of the training guide whose part is not built."""
-    rows = [
-        [f"`--{s.flag}`", ", ".join(f"`{one}`" for one in s.only) or "leave it out", s.part]
-        for s in UNBUILT.values()
-    ]
-    return ["flag", "may only be", "because this is not part of it"], rows
 
 
 def _roles(hook: str) -> tuple[list[str], list[list[str]]]:
@@ -456,7 +447,6 @@ TABLES: dict[str, Callable[..., tuple[list[str], list[list[str]]]]] = {
     "settings": _settings,
     "may_differ": _may_differ,
     "plugin": _plugin,
-    "refused-flags": _refused,
     "targets": _targets,
     "requirements": _requirements,
     "bounds": _bounds,

@@ -26,6 +26,10 @@ _COMMANDS = {
         "sdxl_host.commands.data:data",
         "look at a folder of images: sizes, captions, what can't be used",
     ),
+    "cache": (
+        "sdxl_host.commands.cache:cache",
+        "make the latents and embeddings that a training reads from a cache",
+    ),
     "sample": ("sdxl_host.commands.sample:sample", "draw images from a checkpoint"),
     "convert": (
         "sdxl_host.commands.convert:convert",

@@ -106,12 +106,12 @@ def test_every_command_of_the_help_can_be_called(capsys):
 
 
 def test_the_help_of_train_names_every_flag(site, capsys):
-    from sdxl_host.settings.declarations import FLAGS, UNBUILT
+    from sdxl_host.settings.declarations import FLAGS
 
     site.add("ash", SIZE)
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("config", "plugins", *FLAGS, *UNBUILT):
+    for name in ("config", "plugins", *FLAGS):
         assert f"--{name}" in text
     assert "Plugins installed: ash." in text
 
@@ -125,8 +125,8 @@ def test_the_help_of_train_names_every_flag(site, capsys):
         (["trian"], "trian: there is no such command (did you mean train?)"),
         (
             ["zzz"],
-            "zzz: there is no such command (commands: train, plan, data, sample, convert, plugins, "
-            "new-plugin, doctor)",
+            "zzz: there is no such command (commands: train, plan, data, cache, sample, convert, "
+            "plugins, new-plugin, doctor)",
         ),
         (["--verbose"], "--verbose: there is no such command"),
         (["plugins", "--chekc"], "--chekc: there is no such flag (did you mean check?)"),

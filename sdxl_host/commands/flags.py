@@ -56,8 +56,9 @@ class Command:
         """How to call the command, and what each of its flags is."""
         more = [f"[{self.rest}]"] if self.rest else list(self.arguments)
         usage = ["usage: sdxl-host", self.name, *more, "[--flag VALUE ...]"]
-        lines = [" ".join(usage), "", paragraph(self.about), ""]
-        lines += definitions([*self.arguments.items(), *flag_rows(self.flags)])
+        lines = [" ".join(usage), "", paragraph(self.about)]
+        rows = definitions([*self.arguments.items(), *flag_rows(self.flags)])
+        lines += ["", *rows] if rows else []
         return "\n".join([*lines, *(["", paragraph(self.notes)] if self.notes else [])])
 
     def _read(self, words: list[str]) -> tuple[Any, list[str]]:

@@ -123,13 +123,15 @@ def _csv(before: Curve, after: Curve) -> str:
 
 def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     """What is shown below the config, and the curves without plugins and with them."""
+    from sdxl_host.caching.keys import check_cacheable
     from sdxl_host.planning.curves import curves, quarters, tenths
     from sdxl_host.planning.memory import model_parts
     from sdxl_host.plugins.hooks import make_hooks
+    from sdxl_host.training import data_sink
     from sdxl_host.training.data_check import check_data
     from sdxl_host.training.resume import find_checkpoint
     from sdxl_host.training.summary import compute_rows, plugin_rows, samples_of
-    from sdxl_host.weights.networks import check_fit, weight_rows
+    from sdxl_host.weights.networks import check_fit, size_step, weight_rows
     from sdxl_host.weights.open import open_weight_setting
 
     dataset, optimizer_notes = _other_sections(config)
@@ -137,7 +139,7 @@ def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     model = hooks.build_model(config.tree)
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
-    check_data(dataset, config, show)
+    check_data(dataset, config, size_step(model), show)
     # Of one device: how many there will be is not known here.
     update = config.data.per_batch_size * config.train.gradient_accumulation_steps
     checkpoint, _ = find_checkpoint(config, samples_of(update, dataset), update)
@@ -146,6 +148,9 @@ def _look(config: RunConfig, device: str) -> tuple[list[Fact], Curve, Curve]:
     if checkpoint is not None:
         hooks.load_state_dict(checkpoint.plugin_states(), config.train.allow_changes)
     before, after = curves(hooks, model, config.tree)
+    check_cacheable(config, hooks, dataset)
+    if config.train.data_sink:
+        data_sink.check(config, hooks, model, checkpoint.step if checkpoint else 0)
     parts = model_parts(model)
     facts: list[Fact] = [
         *data_facts(dataset),

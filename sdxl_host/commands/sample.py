@@ -162,12 +162,12 @@ def _check(flags: Flags, rest: Sequence[str]) -> None:
 
 def _check_for_training(word: str) -> None:
     """Raises ConfigError for a setting of training that drawing has no use for."""
-    from sdxl_host.settings.declarations import FLAGS, SCHEMAS, SETTINGS, UNBUILT
+    from sdxl_host.settings.declarations import FLAGS, SCHEMAS, SETTINGS
 
     name = word.partition("=")[0]
     if name.startswith("--"):
         name = name[2:].replace("-", "_")
-        is_of_training, setting = name in {*FLAGS, *UNBUILT}, FLAGS.get(name)
+        is_of_training, setting = name in FLAGS, FLAGS.get(name)
     else:
         is_of_training, setting = name.partition(".")[0] in SCHEMAS, SETTINGS.get(name)
     if is_of_training and not (setting and setting.for_drawing):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sdxl_host.commands.flags import flag_row, wants_help
 from sdxl_host.commands.printer import definitions, paragraph, show
 from sdxl_host.config.load import RunConfig, load
-from sdxl_host.settings.declarations import FLAGS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS
 from sdxl_host.settings.values import type_name
 
 __all__ = ["train"]
@@ -27,8 +27,13 @@ def run(config: RunConfig) -> int:
 
     prepare_device(config.train.device_target)
     limit_memory(config.train.max_device_memory)
-    from sdxl_host.training.build import make_trainer
     from sdxl_host.training.distributed import join
+
+    if config.train.task == "cache":
+        from sdxl_host.training.cache_task import make_cache
+
+        return make_cache(config, show, join(config.train.is_parallel))
+    from sdxl_host.training.build import make_trainer
 
     return make_trainer(config, show, join(config.train.is_parallel)).run()
 
@@ -53,6 +58,5 @@ def _help() -> str:
             f"Plugins installed: {names}. An option of a plugin is a flag too, --snr_gamma 5.0, "
             "and selects it; sdxl-host plugins --check lists them."
         ),
-        f"Not part of this version, and refused: {', '.join('--' + name for name in UNBUILT)}.",
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from sdxl_host.config.mindone import OLD_FLAGS
 from sdxl_host.errors import ConfigError, did_you_mean
 from sdxl_host.plugins.discovery import normalize
 from sdxl_host.plugins.selection_and_order import Selection
-from sdxl_host.settings.declarations import FLAGS, SETTINGS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS, SETTINGS
 from sdxl_host.settings.facts import Setting
 from sdxl_host.settings.options import first_line
 from sdxl_host.settings.values import (
@@ -178,8 +178,6 @@ def apply_flag(layers: Layers, flag: Flag, selection: Selection, line: Arguments
         value = line.take_value(flag, setting.type)
         _refuse_empty(setting, str(value), name)
         layers.set(setting.key, value, name, f"{name} {value}")
-    elif flag.name in UNBUILT:
-        _refuse_unbuilt(UNBUILT[flag.name], line.take_value(flag, UNBUILT[flag.name].type))
     elif selection.is_plugin(flag.name):
         selection.switch(flag.name, line.take_value(flag, bool))
         layers.select(flag.name, name)
@@ -199,18 +197,10 @@ def _refuse_empty(setting: Setting | None, text: str, subject: str) -> None:
         refuse_empty_path(subject, text, setting.path)
 
 
-def _refuse_unbuilt(setting: Setting, value: Any) -> None:
-    if str(value) not in setting.only:
-        remedy = f"it can only be {' or '.join(setting.only)}" if setting.only else "leave it out"
-        raise ConfigError(
-            f"--{setting.flag} {value}: {setting.part} is not part of this version; {remedy}"
-        )
-
-
 def _unknown(flag: str, selection: Selection) -> ConfigError:
     if flag in OLD_FLAGS:
         return ConfigError(f"--{flag}: was a flag of the old trainer; {OLD_FLAGS[flag]}")
-    known = [*FLAGS, *UNBUILT, "plugins", "config", *selection.flags_like(flag)]
+    known = [*FLAGS, "plugins", "config", *selection.flags_like(flag)]
     return ConfigError(
         f"--{flag}: there is no such flag{did_you_mean(flag, known)}; "
         "sdxl-host train --help lists them"

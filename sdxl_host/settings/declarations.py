@@ -17,12 +17,10 @@ __all__ = [
     "MAX_SEED",
     "SCHEMAS",
     "SETTINGS",
-    "UNBUILT",
     "CaptionLines",
     "DataSettings",
     "OptimSettings",
     "TrainSettings",
-    "UnbuiltSettings",
 ]
 
 CaptionLines = Literal["whole", "first_line", "one_of_lines"]
@@ -30,6 +28,10 @@ CaptionLines = Literal["whole", "first_line", "one_of_lines"]
 MAX_SEED = 2**64 - 1  # the key of the random numbers has 64 bits for it
 
 _COMPILED = Needs(lambda train: train.ms_mode == 0, "ms_mode 1 compiles nothing", "use --ms_mode 0")
+_CACHE = Needs(
+    lambda train: train.task == "cache" or train.cache_latent or train.cache_text_embedding,
+    "cache_latent and cache_text_embedding are off",
+)
 
 
 @dataclass
@@ -219,6 +221,37 @@ class TrainSettings:
     is_parallel: bool = setting(
         False, help="share each update among the ranks that msrun has started", touches="graph"
     )
+    task: Literal["train", "cache", "txt2img"] = setting(
+        "train",
+        help="train, or make what a cache lacks of the entries that training with these settings "
+        "reads; txt2img is the old name of train",
+        touches="start",
+    )
+    cache_latent: bool = setting(
+        False,
+        help="read latents from the cache, or make those alone with task cache; each image then "
+        "has crops_per_image fixed crops, at least one",
+        touches="numbers",
+    )
+    cache_text_embedding: bool = setting(
+        False,
+        help="read embeddings of captions from the cache, or make those alone with task cache",
+        touches="speed",
+    )
+    cache_path: str = setting(
+        "./cache_data",
+        help="folder of the cache",
+        touches="start",
+        path="a folder",
+        needs=_CACHE,
+    )
+    cache_dtype: Literal["float32", "float16"] = setting(
+        "float32",
+        help="what entries of the cache are kept in; an entry with a number that float16 can't "
+        "hold stays float32",
+        touches="numbers",
+        needs=_CACHE,
+    )
     data_sink: bool = setting(
         False, help="run sink_size steps a call from a queue on an Ascend device", touches="graph"
     )
@@ -244,6 +277,8 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
+        if self.task == "txt2img":
+            self.task = "train"
         if self.sink_queue_size == 0:
             raise ConfigError(
                 "train.sink_queue_size: a queue of 0 steps holds nothing; give at least 1, or -1 "
@@ -381,30 +416,6 @@ class OptimSettings:
     )
 
 
-@dataclass
-class UnbuiltSettings:
-    """Flags of the training guide whose part is not built; then each moves to the section above."""
-
-    task: str = setting(
-        "train",
-        help="train, or make a cache of latents and text embeddings",
-        touches="start",
-        part="caching",
-        only=("train", "txt2img"),
-    )
-    cache_latent: bool = setting(
-        False, help="read latents from a cache", touches="speed", part="caching", only=("False",)
-    )
-    cache_text_embedding: bool = setting(
-        False,
-        help="read text embeddings from a cache",
-        touches="speed",
-        part="caching",
-        only=("False",),
-    )
-    cache_path: str = setting("", help="folder of the cache", touches="start", part="caching")
-
-
 # The sections whose keys are known beforehand.
 SCHEMAS: dict[str, type] = {"train": TrainSettings, "data": DataSettings, "optim": OptimSettings}
 
@@ -428,4 +439,3 @@ FLAGS = {
     for one in sorted(SETTINGS.values(), key=lambda one: one.key.startswith("train."))
     if one.flag
 }
-UNBUILT = {one.flag: one for one in settings_of("train", UnbuiltSettings)}

@@ -38,8 +38,7 @@ class Setting:
     and so how its numbers are rounded. "length": how long the run is. "start": how it starts, and
     where. "display": what is shown and kept of it. "speed": how fast it is.
     path: what it is a path of, or "". needs: what it needs beside it, if anything. for_drawing:
-    whether `sdxl-host sample` heeds it too. part: the part of the program that it is of, where that
-    is not built, and only: the values that it may have until then.
+    whether `sdxl-host sample` heeds it too.
     """
 
     key: str
@@ -51,8 +50,6 @@ class Setting:
     path: str = ""
     needs: Needs | None = None
     for_drawing: bool = False
-    part: str = ""
-    only: tuple[str, ...] = ()
 
     @property
     def may_differ(self) -> bool:
@@ -72,8 +69,6 @@ def setting(
     path: str | None = None,
     needs: Needs | None = None,
     for_drawing: bool | None = None,
-    part: str | None = None,
-    only: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field that is a setting; see `option` for its range and `Setting` for the rest.
 
@@ -81,7 +76,7 @@ def setting(
     """
     facts: dict[str, Any] = {"help": help, "minimum": minimum, "maximum": maximum, "above": above}
     facts |= {"touches": touches, "flag": flag, "path": path, "needs": needs}
-    facts |= {"for_drawing": for_drawing, "part": part, "only": only}
+    facts |= {"for_drawing": for_drawing}
     return make_field(default, facts)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdxl_host.caching.keys import check_cacheable
 from sdxl_host.checkpoints.layout import CHECKPOINTS
 from sdxl_host.config.load import RunConfig
 from sdxl_host.data.dataset import Text2ImageDataset, make_dataset
@@ -22,14 +23,14 @@ from sdxl_host.models.precision import (
     is_scaled,
     set_precision,
 )
-from sdxl_host.plugins.hooks import Hooks, make_hooks
+from sdxl_host.plugins.hooks import make_hooks
 from sdxl_host.sampling.pipeline import Conditions, ImageSampler
 from sdxl_host.training import data_sink, summary
 from sdxl_host.training.batches import Batches, fixed_crops
+from sdxl_host.training.cached import Cached, left_in_file, open_cache
 from sdxl_host.training.compile_cache import CompileCache
 from sdxl_host.training.data_check import check_data
 from sdxl_host.training.distributed import Ranks
-from sdxl_host.training.ema import EMA
 from sdxl_host.training.inputs import EncodePrompts, Encoder
 from sdxl_host.training.observers import (
     Checkpoints,
@@ -82,12 +83,11 @@ def make_trainer(
     asked = hooks.copy()
     size = (dataset.target_size, dataset.target_size)
     check_fit(model, size, "data.dataset_config.params.target_size")
-    check_data(dataset, config, say)
-    if config.data.buckets:
-        dataset.use_buckets(size_step(model))
+    check_data(dataset, config, size_step(model), say)
     checkpoint, changes = find_checkpoint(
         config, summary.samples_of(batch_size, dataset), batch_size
     )
+    check_cacheable(config, hooks, dataset)
     if settings.data_sink:
         data_sink.check(config, hooks, model, checkpoint.step if checkpoint else 0)
     ranks.check_equal(
@@ -96,7 +96,7 @@ def make_trainer(
     folder = RunFolder(config, checkpoint, ranks)
 
     # The networks, their weights, and the step that trains them.
-    networks = build_networks(model, settings.seed, source, checkpoint)
+    networks = build_networks(model, settings.seed, source, checkpoint, left=left_in_file(config))
     if ranks.world_size > 1:
         ranks.check_equal(networks.digest(), "weights")
     set_precision(model, settings)
@@ -121,16 +121,19 @@ def make_trainer(
 
     # What a step takes, and what is done with what it gives.
     positions = range(ranks.rank * rank_size, (ranks.rank + 1) * rank_size)
-    batches = _make_batches(config, dataset, model, batch_size, positions, ranks)
+    cached = open_cache(config, dataset, hooks, model, networks.rest)
+    batches = _make_batches(config, dataset, model, batch_size, positions, ranks, cached)
     graphs = CompileCache(
         Path(settings.compile_cache).expanduser().resolve() if settings.compile_cache else None,
         ranks.rank,
         ranks.world_size,
         say,
     )
-    encode_prompts, run_step = _make_step(config, dataset, model, state, table, batch_size, graphs)
+    encode_prompts, run_step = _make_step(
+        config, dataset, model, state, table, batch_size, graphs, cached
+    )
     quarters, notes = summary.ask_plugins(asked, model, config, checkpoint)
-    notes += [*summary.caption_notes(asked, model, dataset), *optimizer.notes()]
+    notes += [*summary.caption_notes(asked, model, dataset), *optimizer.notes(), *cached.notes]
     record = RunRecord(
         settings=folder.settings,
         plugins=summary.plugin_list(config),
@@ -149,7 +152,7 @@ def make_trainer(
         settings.save_ckpt_interval,
         settings.max_num_ckpt,
     )
-    grids = _make_grids(config, dataset, hooks, model, cell.ema, graphs)
+    grids = _make_grids(config, dataset, state, model, graphs)
     skipped = None
     if ranks.is_main_process:
         skipped = SkippedImages(folder.path, dataset.problems, state.step, say)
@@ -187,7 +190,9 @@ def make_trainer(
         skipped=skipped,
         say=say,
     )
-    for fact in summary.start_facts(trainer, quarters, notes, checkpoint, changes, source):
+    for fact in summary.start_facts(
+        trainer, quarters, notes, checkpoint, changes, source, cached.row
+    ):
         say(fact)
     return trainer
 
@@ -199,6 +204,7 @@ def _make_batches(
     batch_size: int,
     positions: range,
     ranks: Ranks,
+    cached: Cached,
 ) -> Batches:
     """What each step takes from the data and from chance, on this rank."""
     settings, first_stage, crops = config.train, model.first_stage, config.data.crops_per_image
@@ -214,7 +220,7 @@ def _make_batches(
         threads=config.data.num_parallel_workers,
         total=config.data.total_step,
         ahead=settings.sink_size if settings.data_sink else 1,
-        load=fixed_crops(dataset, settings.seed, crops) if crops else None,
+        load=cached.load or (fixed_crops(dataset, settings.seed, crops) if crops else None),
         ranks=ranks,
     )
 
@@ -227,6 +233,7 @@ def _make_step(
     table: np.ndarray,
     batch_size: int,
     graphs: CompileCache,
+    cached: Cached,
 ) -> tuple[EncodePrompts, RunStep]:
     """What makes embeddings of prompts, and what makes a step of its inputs."""
     settings, hooks = config.train, state.hooks
@@ -238,18 +245,18 @@ def _make_step(
             settings.sink_queue_size,
             settings.jit_level,
         )
-        return data_sink.FixedCaptions(hooks, model, dataset), sink
+        return cached.encode_prompts or data_sink.FixedCaptions(hooks, model, dataset), sink
     compiled = partial(graphs.compiled, jit_level=settings.jit_level)
     run = StepRunner(state.cell, table, compiled if settings.ms_mode == 0 else None)
-    return partial(hooks.encode_prompt, encoders=model.encoders), OneByOne(run)
+    encode = cached.encode_prompts or partial(hooks.encode_prompt, encoders=model.encoders)
+    return encode, OneByOne(run)
 
 
 def _make_grids(
     config: RunConfig,
     dataset: Text2ImageDataset,
-    hooks: Hooks,
+    state: RunState,
     model: DiffusionModel,
-    ema: EMA | None,
     graphs: CompileCache,
 ) -> Grids:
     """What draws the images that show how far a run has come."""
@@ -260,8 +267,15 @@ def _make_grids(
         aesthetic_score=dataset.aesthetic_score,
     )
     first = [variants[0] for _, variants in islice(dataset.all_captions(), settings.sample_count)]
+    ema = state.cell.ema
+
+    def make_sampler() -> ImageSampler:
+        state.networks.rest.load()  # a run from the cache has not needed them before
+        is_eager = settings.ms_mode == 1
+        return ImageSampler(state.hooks, model, conditions, is_eager, graphs.compiled)
+
     return Grids(
-        partial(ImageSampler, hooks, model, conditions, settings.ms_mode == 1, graphs.compiled),
+        make_sampler,
         list(settings.sample_prompts) or first,
         settings,
         nullcontext if ema is None else ema.swapped_in,

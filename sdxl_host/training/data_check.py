@@ -18,8 +18,14 @@ __all__ = ["LookingProgress", "check_data", "look"]
 _EVERY = 20.0  # seconds between lines where there is no terminal
 
 
-def check_data(dataset: Text2ImageDataset, config: RunConfig, say: Callable[[str], None]) -> None:
-    """Looks at every image of a run's dataset; see its `check`. Raises DataError."""
+def check_data(
+    dataset: Text2ImageDataset, config: RunConfig, step: int, say: Callable[[str], None]
+) -> None:
+    """Looks at every image of a run's dataset, and puts them into buckets where the settings ask
+    for them; see its `check` and `use_buckets`. Raises DataError.
+
+    step: what the sides of an image must be multiples of.
+    """
     from sdxl_host.training.resume import resumed_folder
     from sdxl_host.training.skipped import began_without
 
@@ -31,6 +37,8 @@ def check_data(dataset: Text2ImageDataset, config: RunConfig, say: Callable[[str
         say,
         None if resumed is None else began_without(resumed),
     )
+    if config.data.buckets:
+        dataset.use_buckets(step)
 
 
 def look(

@@ -68,11 +68,11 @@ def check(config: RunConfig, hooks: Hooks, model: DiffusionModel, step: int) -> 
             "--data_sink True: each step of a queue is an update; use "
             "--gradient_accumulation_steps 1"
         )
-    if model.first_stage.cell is not None:
+    if model.first_stage.cell is not None and not settings.cache_latent:
         raise ConfigError(
             "--data_sink True: latents must be there beforehand, and the first stage would have to "
-            "encode images on the device meanwhile; leave it out, or use the first stage "
-            "sdxl_host.IdentityFirstStage"
+            "encode images on the device meanwhile; make them with sdxl-host cache and read them "
+            "with --cache_latent True, or leave the flag out"
         )
     if config.data.buckets:
         raise ConfigError(
@@ -163,7 +163,8 @@ class FixedCaptions:
         if len(captions) > _MOST_CAPTIONS:
             raise ConfigError(
                 f"--data_sink True: embeddings must be there beforehand, and of {len(captions):,} "
-                f"captions there are too many to hold (at most {_MOST_CAPTIONS:,}); leave it out"
+                f"captions there are too many to hold (at most {_MOST_CAPTIONS:,}); make them with "
+                "sdxl-host cache and read them with --cache_text_embedding True, or leave it out"
             )
         self._rows: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._is_masked = False

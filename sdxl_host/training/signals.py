@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the running step is finished and saved; a second signal ends at once."""
+"""Ctrl-C and SIGTERM: what is in hand is finished and saved; a second signal ends at once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """Inside, the first signal is noted and reported; after it signals have their usual effect.
 
-    number: the signal that came, or None. A signal that is ignored stays so: a shell starts jobs in
-    the background without Ctrl-C, which is meant for others. Elsewhere than in the main thread,
-    where Python takes no signals, nothing is changed.
+    in_hand: what the report says of the work in hand. number: the signal that came, or None. A
+    signal that is ignored stays so: a shell starts jobs in the background without Ctrl-C, which is
+    meant for others. Elsewhere than in the main thread, where Python takes no signals, nothing is
+    changed.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(
+        self, say: Callable[[str], None], in_hand: str = "the step in hand is finished and saved"
+    ) -> None:
+        self._say, self._in_hand = say, in_hand
         self._earlier: dict[int, Any] = {}
         self.number: int | None = None
 
@@ -53,7 +56,7 @@ class Interruption:
         self.number = number
         for each in self._earlier:
             signal.signal(each, signal.SIG_DFL)
-        line = f"{self.name}: the step in hand is finished and saved; once more ends at once"
+        line = f"{self.name}: {self._in_hand}; once more ends at once"
         # Python refuses to print while another line is being printed, where a signal may come.
         with contextlib.suppress(RuntimeError):
             self._say(line)

@@ -78,7 +78,7 @@ class RunState:
             step=self.step,
             config=record.settings,
             network=network,
-            frozen=_arrays(self.networks.frozen),
+            frozen=self.networks.rest.arrays(),
             ema=_arrays({name: ema[id(p)] for name, p in named if id(p) in ema}),
             optimizer=_arrays(optimizer) if record.with_optimizer else None,
             counts={"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row},

@@ -183,11 +183,13 @@ def start_facts(
     checkpoint: Checkpoint | None,
     changes: Sequence[str],
     source: Source | None,
+    cached: str = "",
 ) -> list[Fact]:
     """The start of a run: plugins, objective, network, data, where it learns, and what to note.
 
     notes: of plugins and optimizer. changes: how the run differs from the one it resumes. source:
-    the weights the run starts from, None where it begins untrained or resumes.
+    the weights the run starts from, None where it begins untrained or resumes. cached: what it
+    takes from a cache, if anything.
     """
     config, networks = run.config, run.state.networks
     trained = sum(parameter.size for parameter in networks.trained)
@@ -203,11 +205,10 @@ def start_facts(
     elif checkpoint is None:
         untrained = "none, everything starts untrained (--weight FILE starts from one)"
         facts.append(("weights", untrained))
-    facts += [
-        *data_rows(run.dataset, str(run.save_path / SKIPPED)),
-        quarters,
-        ("run", str(run.save_path)),
-    ]
+    facts += data_rows(run.dataset, str(run.save_path / SKIPPED))
+    if cached:
+        facts.append(("cache", cached))
+    facts += [quarters, ("run", str(run.save_path))]
     if checkpoint is not None:
         facts.append(("resumed", f"{checkpoint.folder} at step {checkpoint.step}"))
         facts += [("changed", change) for change in changes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(parameters: Mapping[str, Parameter], source: Source, parts: Sequence[str] = ("",)) -> None:
+def load(
+    parameters: Mapping[str, Parameter],
+    source: Source,
+    parts: Sequence[str] = ("",),
+    left: Collection[str] = (),
+) -> None:
     """Sets every parameter from the source's tensor of its name, one tensor at a time.
 
     parts: beginnings of the names to load, such as `model.diffusion_model.`; other tensors of the
-    source are ignored, and so are CLIP-L's constant `position_ids`. Raises one DataError that names
+    source are ignored, and so are CLIP-L's constant `position_ids`. left: names of parameters that
+    are compared and not set. Raises one DataError that names
     every missing, unexpected and misshapen tensor; then no parameter has been changed.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -31,4 +37,5 @@ def load(parameters: Mapping[str, Parameter], source: Source, parts: Sequence[st
     }
     compare_shapes(shapes, found, source.description)
     for name, parameter in parameters.items():
-        parameter.set_data(Tensor(source.read(name).astype(np.float32)))
+        if name not in left:
+            parameter.set_data(Tensor(source.read(name).astype(np.float32)))

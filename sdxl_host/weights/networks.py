@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,9 @@ from sdxl_host.checkpoints.open import Checkpoint
 from sdxl_host.diffusion.model import DiffusionModel
 from sdxl_host.errors import ConfigError, PluginError
 from sdxl_host.files.tensors import open_safetensors, over
-from sdxl_host.models.initialization import initialize_network, initialize_text_encoder
-from sdxl_host.weights.architecture import (
-    AUTOENCODER_PREFIX,
-    NETWORK_PREFIX,
-    Architecture,
-    embedder_prefix,
-)
+from sdxl_host.models.initialization import initialize_network
+from sdxl_host.weights.architecture import NETWORK_PREFIX, Architecture
+from sdxl_host.weights.frozen import FrozenCells, FrozenNetworks
 from sdxl_host.weights.load import load
 from sdxl_host.weights.metadata import SCALE_FACTOR, recorded_objective
 from sdxl_host.weights.names import single_file_parameters
@@ -42,21 +38,27 @@ __all__ = [
 class Networks:
     """The U-Net's cell, and the parameters of all networks by their names in the single file.
 
-    network: the U-Net's parameters, including those that plugins added. frozen: those of the text
-    encoders and of the first stage. trained: the parameters of the U-Net that are trained.
+    network: the U-Net's parameters, including those that plugins added. rest: the text encoders
+    and the first stage. trained: the parameters of the U-Net that are trained.
     """
 
     cell: nn.Cell
     network: dict[str, Parameter]
-    frozen: dict[str, Parameter]
+    rest: FrozenNetworks
     trained: list[Parameter]
+
+    @property
+    def frozen(self) -> dict[str, Parameter]:
+        """The parameters of the text encoders and of the first stage."""
+        return self.rest.parameters
 
     def digest(self) -> str:
         """A hash of all weights."""
         found = hashlib.sha256()
-        for name, parameter in {**self.network, **self.frozen}.items():
+        for name, parameter in self.network.items():
             found.update(name.encode("utf-8"))
             found.update(parameter.asnumpy().tobytes())
+        found.update(self.rest.digest().encode("ascii"))
         return found.hexdigest()
 
 
@@ -139,33 +141,33 @@ def build_networks(
     source: Source | None = None,
     checkpoint: Checkpoint | None = None,
     use_ema: bool = False,
+    left: Collection[str] = (),
 ) -> Networks:
     """Builds the networks, with the weights of `checkpoint`, else of `source`, else initial ones.
 
     Plugins change the network after the weights of `source` are loaded, and before those of
     `checkpoint`. use_ema: load the checkpoint's EMA weights, where it has them, in place of the
-    trained ones. seed: of the initial weights.
+    trained ones. seed: of the initial weights. left: parts of the frozen networks, as `frozen`
+    names them, whose weights stay in their file; initial ones are in none.
     """
     with no_init_parameters():  # as in `check_fit`
         cell = model.network
-        encoders = {embedder_prefix(i): encoder.cell for i, encoder in enumerate(model.encoders)}
-        first_stage = model.first_stage.cell
-    network = single_file_parameters(cell, NETWORK_PREFIX)
-    frozen: dict[str, Parameter] = {}
-    for prefix, encoder in encoders.items():
-        frozen.update(single_file_parameters(encoder, prefix))
-    if first_stage is not None:
-        frozen.update(single_file_parameters(first_stage, AUTOENCODER_PREFIX))
+    cells = FrozenCells(model)
+    network, frozen = single_file_parameters(cell, NETWORK_PREFIX), cells.parameters
+    unset = {name for name in frozen if name.startswith(tuple(left))}
     if source is not None:
         if source.architecture is not None:
             _check_heads(source.architecture, model, source.description)
-        load({**network, **frozen}, source)
+        load({**network, **frozen}, source, left=unset)
     if checkpoint is None:
+        rest = FrozenNetworks(frozen, unset, source)
         if source is None:
-            _initialize(cell, network, encoders, first_stage, seed)
+            initialize_network(network, {id(p) for p in cell.zero_initialized()}, seed)
+            cells.initialize(seed)
+            rest = FrozenNetworks(frozen)
         network, trained = change_network(model, network)
         cell.recompute_blocks()
-        return Networks(cell, network, frozen, trained)
+        return Networks(cell, network, rest, trained)
     weights = _saved(checkpoint.folder / NETWORK_FILE)
     if use_ema and checkpoint.has_ema:
         weights = over(weights, _saved(checkpoint.folder / EMA_FILE))
@@ -177,8 +179,9 @@ def build_networks(
     network, trained = change_network(model, network)
     cell.recompute_blocks()
     load(network, weights)
-    load(frozen, _saved(checkpoint.folder / FROZEN_FILE))
-    return Networks(cell, network, frozen, trained)
+    saved = _saved(checkpoint.folder / FROZEN_FILE)
+    load(frozen, saved, left=unset)
+    return Networks(cell, network, FrozenNetworks(frozen, unset, saved), trained)
 
 
 def _saved(file: Path) -> Source:
@@ -215,18 +218,3 @@ def change_network(
     if not trained:
         raise PluginError("with_network: no parameter is left to train; correct `trainable`")
     return network, trained
-
-
-def _initialize(
-    cell: nn.Cell,
-    network: Mapping[str, Parameter],
-    encoders: Mapping[str, nn.Cell],
-    first_stage: nn.Cell | None,
-    seed: int,
-) -> None:
-    """Gives all networks the weights of an untrained model."""
-    initialize_network(network, {id(p) for p in cell.zero_initialized()}, seed)
-    for prefix, encoder in encoders.items():
-        initialize_text_encoder(encoder, single_file_parameters(encoder, prefix), seed)
-    if first_stage is not None:
-        initialize_network(single_file_parameters(first_stage, AUTOENCODER_PREFIX), set(), seed)

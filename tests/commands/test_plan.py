@@ -302,7 +302,6 @@ SHORT = (
          "context_dim: 48 does not fit the text encoders, which give 32"),
         (lambda here: ["data.dataset_config.params.target_size=15"], "target_size 15x15: "),
         (lambda here: [SHORT], "optim.scheduler_config.params: LambdaLinearScheduler: the cycles"),
-        (lambda here: ["--cache_latent", "True"], "--cache_latent True: caching is not part"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_leave_nothing(

@@ -19,8 +19,7 @@ import yaml
 from sdxl_host.commands.train import train as train_command
 from sdxl_host.config import mindone
 from sdxl_host.config.load import load
-from sdxl_host.errors import ConfigError
-from sdxl_host.settings.declarations import FLAGS, SCHEMAS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS, SCHEMAS
 from sdxl_host.settings.options import describe
 from sdxl_host.settings.targets import TARGETS, Target
 
@@ -31,11 +30,9 @@ LIST = TESTS / "flags.txt"
 
 
 def flag_lines() -> Iterator[str]:
-    """`--flag -> key`, or what it may only be."""
+    """`--flag -> key`."""
     homes = {name: setting.key for name, setting in FLAGS.items()}
     homes |= {"config": "not a key", "plugins": "not a key"}
-    for name, setting in UNBUILT.items():
-        homes[name] = f"refused but for {' or '.join(setting.only)}" if setting.only else "refused"
     yield from (f"--{name} -> {home}" for name, home in sorted(homes.items()))
 
 
@@ -80,8 +77,7 @@ def test_flags_keys_and_targets_are_the_listed_ones(device: str) -> None:
 def test_the_list_has_the_flags_of_the_help(site, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_command(["--help"]) == 0
     text = capsys.readouterr().out
-    refused = re.findall(r"--(\w+)", text.rpartition("and refused:")[2])
-    told = re.findall(r"^  --(\w+)", text, re.MULTILINE) + refused
+    told = re.findall(r"^  --(\w+)", text, re.MULTILINE)
     assert sorted(told) == [line.partition(" ")[0][2:] for line in flag_lines()]
 
 
@@ -165,13 +161,8 @@ GUIDE_KEYS = [
 
 
 @pytest.mark.parametrize("name", GUIDE_FLAGS)
-def test_each_flag_of_the_guide_is_accepted_or_refused_by_name(name: str) -> None:
-    words = [f"--{name}", GUIDE_FLAGS[name]]
-    if name not in UNBUILT:
-        load(words)
-        return
-    with pytest.raises(ConfigError, match=rf"^{re.escape(' '.join(words))}: caching is not part"):
-        load(words)
+def test_each_flag_of_the_guide_is_accepted(name: str) -> None:
+    load([f"--{name}", GUIDE_FLAGS[name]])
 
 
 def test_each_key_of_the_guide_is_one_here_with_an_effect() -> None:

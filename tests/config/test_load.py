@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from sdxl_host.config.load import load, restore
 from sdxl_host.config.yaml_files import packaged_configs
 from sdxl_host.errors import ConfigError, HostError
-from sdxl_host.settings.declarations import FLAGS, UNBUILT
+from sdxl_host.settings.declarations import FLAGS
 
 # No plugin is installed as far as these tests see.
 pytestmark = pytest.mark.usefixtures("site")
@@ -430,25 +430,12 @@ def test_explicit_config_is_empty_without_one():
 # ---- the guide's flags
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, one in UNBUILT.items() for value in one.only]
-)
-def test_what_is_not_built_may_be_switched_off_by_name(name, value):
-    assert load([f"--{name}", value, "--seed", "3"]).tree == load(["--seed", "3"]).tree
-
-
-@pytest.mark.parametrize(
-    ("words", "remedy"),
-    [
-        (["--task=cache"], "only be train or txt2img"),
-        (["--cache_latent"], "only be False"),
-        (["--cache_text_embedding", "True"], "only be False"),
-        (["--cache_path", "./cache"], "leave it out"),
-    ],
-)
-def test_what_is_not_built_is_refused_by_name(words, remedy):
-    name = words[0].partition("=")[0]
-    refuse(words, rf"^{name} .*: caching is not part of this version; .*{remedy}$")
+def test_the_old_name_of_training_is_read_as_train(write):
+    for words in (["--task", "txt2img"], write(train={"task": "txt2img"})):
+        config = load(words)
+        assert (config.train.task, config.tree.train.task) == ("train", "train")
+    assert load(write(train={"task": "cache"})).train.task == "cache"
+    refuse(["--task", "kache"], r"^--task.*kache.*cache")
 
 
 def test_nothing_is_named_where_nothing_is_idle():

@@ -32,6 +32,9 @@ UNREAD = {
     "data.dataset_config.params.data_path": "it is a parameter of the dataset",
     "data.python_multiprocessing": "only False is accepted",
     "train.allow_changes": "a resumed run reads it: see test_effects.py",
+    "train.cache_dtype": "a run from the cache reads it: see test_cache_task.py",
+    "train.cache_path": "a run from the cache reads it: see test_cache_task.py",
+    "train.task": "the command reads it: see test_cache_task.py",
     "train.sink_size": "the data sink reads it: see test_data_sink.py",
     "train.sink_queue_size": "the data sink reads it: see test_effects.py",
 }

@@ -11,9 +11,7 @@ from sdxl_host.settings.declarations import (
     FLAGS,
     SCHEMAS,
     SETTINGS,
-    UNBUILT,
     TrainSettings,
-    UnbuiltSettings,
 )
 from sdxl_host.settings.facts import Needs, Setting, setting, settings_of
 from sdxl_host.settings.options import build_options, describe, option
@@ -33,7 +31,7 @@ class Section:
         path="a folder",
         for_drawing=True,
     )
-    names: list[str] = setting(["a"], help="some", touches="numbers", part="x", only=("a", "b"))
+    names: list[str] = setting(["a"], help="some", touches="numbers")
 
 
 def test_a_field_gives_all_that_it_declares() -> None:
@@ -45,9 +43,7 @@ def test_a_field_gives_all_that_it_declares() -> None:
         "section.size", int, 3, "how big", touches="speed", needs=NEEDS, path="a folder",
         for_drawing=True,
     )  # fmt: skip
-    assert names == Setting(
-        "section.names", list[str], ["a"], "some", touches="numbers", part="x", only=("a", "b")
-    )
+    assert names == Setting("section.names", list[str], ["a"], "some", touches="numbers")
     assert [one.may_differ for one in (switch, size, names)] == [False, True, False]
 
 
@@ -74,9 +70,6 @@ def test_every_field_of_a_section_stands_in_the_tables() -> None:
     keys = {f"{name}.{f.name}" for name, schema in SCHEMAS.items() for f in fields(schema)}
     assert set(SETTINGS) == keys | {"data.dataset_config.params.data_path"}
     assert {f.name for f in fields(TrainSettings)} <= set(FLAGS)
-    assert set(FLAGS) & set(UNBUILT) == set()
-    assert [one.flag for one in UNBUILT.values()] == [f.name for f in fields(UnbuiltSettings)]
-    assert all(one.part for one in UNBUILT.values())
 
 
 @pytest.mark.parametrize(

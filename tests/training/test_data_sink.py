@@ -290,8 +290,11 @@ def test_settings_that_a_queue_can_t_have(words: list[str], message: str) -> Non
 
 
 def test_a_first_stage_that_computes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="latents must be there beforehand"):
+    with pytest.raises(ConfigError, match=r"latents must be there beforehand.*sdxl-host cache"):
         check(cell=object())
+    with pytest.raises(ConfigError, match="latents must be there beforehand"):
+        check("--cache_text_embedding", "True", cell=object())
+    check("--cache_latent", "True", cell=object())
 
 
 def test_a_resumed_run_begins_at_the_end_of_a_call() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ def batch(count: int = 4) -> Batch:
         level_u=np.array([0.25, 0.75]),
         captions=[str(index) for index in range(count)],
         pixels=images,
+        moments=None,
         sizes={"size": numbers[:, None]},
         noise=10 * images,
         posterior=100 * images,
@@ -48,8 +50,15 @@ def test_levels_that_are_no_noise_are_refused_by_the_chain_s_name(sigma: float) 
     assert asked == [3]
 
 
-def test_each_sample_has_its_numbers_on_every_rank_and_in_every_batch() -> None:
-    """Rank 1 of two takes the second four of eight samples, in two batches."""
+def moments_in_place(found: Batch) -> Batch:
+    assert found.pixels is not None
+    return replace(found, pixels=None, moments=-found.pixels)
+
+
+@pytest.mark.parametrize("given", [lambda found: found, moments_in_place])
+def test_each_sample_has_its_numbers_on_every_rank_and_in_every_batch(given: Any) -> None:
+    """Rank 1 of two takes the second four of eight samples, in two batches; from pixels, or from
+    the moments that were made of them."""
 
     def encode_prompts(captions: list[str]) -> PromptEmbedding:
         values = np.array([float(caption) for caption in captions], np.float32)
@@ -60,11 +69,13 @@ def test_each_sample_has_its_numbers_on_every_rank_and_in_every_batch() -> None:
 
     model: Any = SimpleNamespace(
         conditioner=SimpleNamespace(vector=lambda embedding, sizes: sizes["size"], drop=drop),
-        first_stage=SimpleNamespace(encode=lambda pixels, posterior: pixels + posterior),
+        first_stage=SimpleNamespace(
+            moments=lambda pixels: -pixels, latents=lambda moments, posterior: posterior - moments
+        ),
     )
     six = Coefficients(*(np.arange(8.0) + 10 * row for row in range(6)))
     encode: Any = Encoder(model, encode_prompts, positions=range(4, 8), size=2)  # type: ignore[arg-type]
-    batches = list(encode(batch(), six))
+    batches = list(encode(given(batch()), six))
     assert len(batches) == 2
     for start, arrays in zip((0, 2), batches, strict=True):
         numbers = np.arange(start, start + 2.0)
