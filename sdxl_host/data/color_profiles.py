@@ -10,9 +10,6 @@ from PIL import Image, ImageCms
 
 __all__ = ["to_srgb"]
 
-# The color space of a profile, by the mode of the images that it describes.
-_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}
-
 _BLACK_ON_BLACK = 0x2000  # lcms2.h: cmsFLAGS_BLACKPOINTCOMPENSATION
 
 # Levels by which a transform may miss the identity and still be left out: that of sRGB itself.
@@ -36,14 +33,12 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From a profile's colours to sRGB's, relative to white, with black on black; None where they
-    are the same. Raises ValueError and what ImageCms raises; other threads may use it at once."""
+    are the same. Raises what ImageCms raises, for a profile of other colours than the mode's too;
+    other threads may use it at once."""
     if not profile:
         source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     else:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = source.profile.xcolor_space.strip()
-    if space != _SPACES.get(mode):
-        raise ValueError(f"a profile of {space} in an image of {mode}")
     transform = ImageCms.ImageCmsTransform(
         source,
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),

@@ -165,7 +165,6 @@ def _look(
             else:
                 found.verdict[index] = _GOOD
                 found.sizes[index], found.remarks[index] = verdict
-                found.reasons.pop(index, None)
         done += len(verdicts)
         if progress is not None:
             progress(done, len(indices))

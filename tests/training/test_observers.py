@@ -97,7 +97,9 @@ def test_a_run_can_go_on_only_where_steps_are_left(tmp_path: Path) -> None:
     train = SimpleNamespace(save_optimizer=True)
     config = SimpleNamespace(train=train, data=SimpleNamespace(total_step=5))
     state = SimpleNamespace(step=5, skipped=3)
-    run: Any = SimpleNamespace(state=state, config=config, save_path=tmp_path, is_interrupted=True)
+    run: Any = SimpleNamespace(
+        state=state, config=config, save_path=tmp_path, is_interrupted=True, skipped=None
+    )
 
     def lines() -> str:
         return str(end_facts(run, 7.6, Path("c"), Path("p")))
