@@ -43,6 +43,7 @@ NEEDS = [
     ("train.cache_path", "kept", [], ["--cache_latent"]),
     ("train.cache_path", "kept", [], ["--cache_text_embedding"]),
     ("train.cache_dtype", "float16", [], ["--task=cache"]),
+    ("data.keep_tags", 1, [], ["--shuffle_tags=True"]),
     ("train.ms_amp_dtype", "float16", ["--ms_amp_level=O0"], [O2]),
     (FIRST_STAGE, False, ["--ms_amp_level=O0"], None),
     (FIRST_STAGE, False, [O2], None),
