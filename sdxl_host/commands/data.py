@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["data"]
 
 _SHOWN = 32  # images of the contact sheet
+_STEP = 32  # what SDXL's networks downsample by
 _THUMBNAIL = 192  # pixels of its longer side
 
 # A caption has 75 of the 77 tokens of CLIP; the others say where it begins and ends.
@@ -33,6 +34,9 @@ class Flags:
     """The flags of `sdxl-host data`."""
 
     resolution: int = option(1024, help="side of the square that the network gets", minimum=8)
+    buckets: bool = option(
+        False, help="as --buckets of sdxl-host train: the aspect ratios of SDXL, not a square"
+    )
     workers: int = option(2, help="threads that look at images", minimum=1)
     out: Path = option(
         Path("data.png"), help=f"PNG file, what the network gets of up to {_SHOWN} images"
@@ -64,6 +68,8 @@ def _data(flags: Flags, folder: str) -> int:
     _check_out(flags.out)
     dataset = Text2ImageDataset(flags.resolution, _transforms(flags.resolution), folder)
     look(dataset, flags.workers, 1.0, show)
+    if flags.buckets:
+        dataset.use_buckets(min(_STEP, flags.resolution))
     show(*data_facts(dataset), *_caption_rows(dataset))
     _draw(flags.out, dataset)
     show(("drawn", str(flags.out)))
@@ -120,11 +126,12 @@ def _draw(out: Path, dataset: Text2ImageDataset) -> None:
     from sdxl_host.randomness import Stream, generator
     from sdxl_host.sampling.grid import save_grid
 
+    side = min(_THUMBNAIL, max(max(size) for size in dataset.sizes))
     chosen = range(0, len(dataset), -(-len(dataset) // _SHOWN))
     images, texts = [], []
     for index in chosen:
         sample = dataset.sample(index, generator(0, Stream.CROP, 1, index))
-        images.append(_thumbnail(sample.pixels))
+        images.append(_thumbnail(sample.pixels, side))
         caption = dataset.caption(index, generator(0, Stream.CAPTION, 1, index))
         texts.append(f"{sample.name}: {caption}")
     try:
@@ -133,16 +140,16 @@ def _draw(out: Path, dataset: Text2ImageDataset) -> None:
         raise _unwritable(out, error) from error
 
 
-def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """(3, H, W) in [-1, 1] -> the same in a white square of _THUMBNAIL pixels at most."""
+def _thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(3, H, W) in [-1, 1] -> the same in a white square, (3, side, side)."""
     import numpy as np
     from PIL import Image
 
     from sdxl_host.sampling.grid import to_bytes
 
     image = Image.fromarray(to_bytes(pixels[None])[0])
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (max(image.size),) * 2, "white")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (side, side), "white")
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return np.asarray(square).transpose(2, 0, 1) / 127.5 - 1.0
 

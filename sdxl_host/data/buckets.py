@@ -56,9 +56,12 @@ def nearest(images: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
     return found
 
 
-def crop_losses(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The share of each image's pixels that a crop to the shape of `size` takes away, (N,)."""
-    return 1 - np.exp(-np.abs(_aspects(images) - _aspects(np.asarray([size]))[0]))
+def crop_losses(images: np.ndarray, sizes: tuple[int, int] | np.ndarray) -> np.ndarray:
+    """The share of each image's pixels that a crop to the shape of `sizes` takes away, (N,).
+
+    sizes: (height, width), one for all or (N, 2).
+    """
+    return 1 - np.exp(-np.abs(_aspects(images) - _aspects(np.asarray(sizes))))
 
 
 def _aspects(sizes: np.ndarray) -> np.ndarray:

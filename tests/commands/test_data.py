@@ -144,7 +144,7 @@ def test_a_folder_of_everything(
         f"square crop loses {100 * lost / 13:.1f} % of an image's pixels on average",
         "            and 99.9 % of spacer.png, the most",
     ]
-    table = [line.split() for line in lines[place + 6 : place + 10]]
+    table = [line.split() for line in lines[place + 7 : place + 11]]
     assert table == [
         ["below", "1:2", "1", "##"],
         ["2:3", "to", "4:5", "1", "##"],
@@ -171,6 +171,19 @@ def test_the_sheet_shows_what_the_network_gets(
         first, second = sheet.getpixel((72, 72)), sheet.getpixel((72 + 136, 72))
     assert np.abs(np.subtract(first, (220, 0, 0))).max() <= 2
     assert second == (204, 204, 204)
+
+
+def test_with_buckets_it_counts_them_and_shows_their_shapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shapes"
+    for name, size in {"a": (80, 40), "b": (40, 40), "c": (60, 30)}.items():
+        image(folder / f"{name}.png", *size)
+        (folder / f"{name}.txt").write_text(name)
+    text = said(capsys, str(folder), "--resolution", "64", "--buckets", "True", "--out", "b.png")
+    assert "buckets     2, each a shape of its own that is compiled once" in text
+    assert "96x64: 2 images, of which cropping takes 25.0%" in text
+    assert "64x64: 1 images, of which cropping takes 0.0%" in text
 
 
 def test_captions_are_counted_in_tokens(tmp_path: Path, capsys: Any) -> None:
