@@ -65,17 +65,14 @@ class Captions:
 
     def notes(self, images: Iterable[Captioned]) -> list[str]:
         """What a user should know of the texts of a source."""
-        translated = alternatives = empty = 0
+        translated = alternatives = 0
         for image in images:
             texts = (image.text,) if isinstance(image.text, str) else image.text
             translated += any(_TRANSLATION.match(line) for text in texts for line in _lines(text))
-            variants = self.variants(image)
-            alternatives += len(variants) > 1
-            empty += variants == [self._framed("")]
+            alternatives += len(self.variants(image)) > 1
         found = [
             (translated, "whose lines in other languages (`xx.utf8=...`) are left out"),
-            (alternatives, "of which each step takes one line"),
-            (empty, "that are empty"),
+            (alternatives, "that are several, of which each step takes one"),
         ]
         return [f"{count:,} captions {what}" for count, what in found if count]
 

@@ -95,7 +95,8 @@ def data_rows(dataset: Text2ImageDataset, where: str = "") -> list[tuple[str, st
     """The images, and what is set aside of the source. where: what lists all of it."""
     rows = _bucket_rows(dataset) if dataset.is_bucketed else []
     rows += problem_rows(dataset.problems, where)
-    rows += [("note", note) for note in dataset.notes]
+    notes = [*dataset.notes, *dataset.captions.notes(dataset.images)]
+    rows += [("note", note) for note in notes]
     if not dataset.is_demo:
         return [("data", f"{len(dataset):,} captioned images"), *rows]
     return [

@@ -214,7 +214,7 @@ def start_facts(
         facts += [("changed", change) for change in changes]
         if checkpoint.step == config.data.total_step:
             facts.append(("finished", "no step is left; --total_step N with a higher N goes on"))
-    notes = [*config.notices, *run.dataset.captions.notes(run.dataset.images), *notes]
+    notes = [*config.notices, *notes]
     if checkpoint is not None:
         notes += _version_notes(checkpoint, plugin_list(config))
     if config.train.param_fp16:

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.images import image
+from support.mixed_folder import bad_files, good_files
 
 from sdxl_host.commands.printer import lines_of
 from sdxl_host.config.load import load
+from sdxl_host.errors import DataError
 from sdxl_host.training.build import make_trainer
 from sdxl_host.training.observers import FiniteGuard
 
@@ -64,3 +67,64 @@ def test_each_shape_is_compiled_once(
     assert len(list(graphs.glob("*.mindir"))) == 2 + 1  # and the sampler of the grid
     metrics = (trainer.save_path / "metrics.jsonl").read_text().splitlines()
     assert len({json.loads(line)["loss"] for line in metrics}) == 8
+
+
+def test_a_folder_of_everything_is_trained_on_at_its_own_shapes(
+    device: str, tmp_path: Path
+) -> None:
+    """Formats, modes, profiles, hidden and linked folders, names in two forms of Unicode, bad
+    files; what the network is told of sizes is as computed by hand."""
+    source, linked = tmp_path / "source", tmp_path / "linked"
+    for folder in (source, linked, source / "__MACOSX", source / ".ipynb_checkpoints"):
+        folder.mkdir()
+    (source / "more").symlink_to(linked)
+    sizes, bad = good_files(source), bad_files(source)
+    image(linked / "wide.jpg", 40, 10)
+    sizes["more/wide.jpg"] = (10, 40)
+    composed, decomposed = "\u00e4.png", "a\u0308.txt"
+    image(source / composed, 20, 20)
+    sizes[composed] = (20, 20)
+    (source / decomposed).write_text("an umlaut")
+    for name in {*sizes, *bad} - {composed}:
+        (source / name).with_suffix(".txt").write_text(f"an image of {name}")
+    image(source / "._tall.png")
+    image(source / "__MACOSX" / "tall.png")
+    image(source / "alone.png")
+
+    out, said = tmp_path / "run", list[str]()
+    given = words(source, out, "--total_step", "2", "--save_path_with_time", "False")
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction"):
+        make_trainer(load(given), say=lambda fact: None)
+    trainer = make_trainer(
+        load([*given, "data.max_bad_fraction=0.5"]), say=lambda fact: said.extend(lines_of(fact))
+    )
+    dataset = trainer.dataset
+    assert {entry.name for entry in dataset.images} == set(sizes)
+    # At 16 pixels SDXL's sizes are 8x32 to 32x8; these are nearest to 2:3, 3:2, 1:4, 4:1 and 1:1.
+    shapes = {(20, 30): (13, 19), (30, 20): (19, 13), (10, 40): (8, 32), (40, 10): (32, 8)}
+    shapes |= {(1, 800): (8, 32), (20, 20): (16, 16)}
+    for index, entry in enumerate(dataset.images):
+        found = dataset.sample(index, np.random.default_rng(index))
+        height, width = target = shapes[sizes[entry.name]]
+        assert found.pixels is not None and found.pixels.shape == (3, *target), entry.name
+        assert found.sizes["original_size_as_tuple"] == sizes[entry.name]
+        assert found.sizes["target_size_as_tuple"] == target
+        original = sizes[entry.name]
+        scale = max(height / original[0], width / original[1])
+        top, left = found.sizes["crop_coords_top_left"]
+        assert 0 <= top <= round(original[0] * scale) - height
+        assert 0 <= left <= max(round(original[1] * scale), width) - width
+    trainer.run()
+    lines = (out / "skipped.jsonl").read_text().splitlines()
+    rows = {row["name"]: row["kind"] for row in map(json.loads, lines)}
+    # The listing itself passes over what is no file.
+    no_files = {
+        f"{name}.{end}": kind
+        for name in ("pipe", "zero")
+        for end, kind in (
+            ("png", "an image that is no file"),
+            ("txt", "a caption without an image"),
+        )
+    }
+    assert rows == bad | no_files | {"alone.png": "an image without a caption"}
+    assert any(line.startswith("set aside   13") for line in said)
