@@ -151,6 +151,10 @@ def test_streams_keep_their_numbers():
         "ORDER": 7,
         "INITIAL_WEIGHTS": 8,
         "SAMPLING": 9,
+        "CAPTION": 10,
+        "VARIANT": 11,
+        "VARIANT_CROP": 12,
+        "BATCHES": 13,
     }
 
 
