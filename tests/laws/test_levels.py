@@ -41,6 +41,11 @@ SMALLEST = ["channel_mult=[1]", "transformer_depth=[1]"]
 MANY, FEW = 6, 3
 GROWTH = {MANY: MANY - 1, FEW: 2}
 
+# Each level compiles a graph of its own, so two of the four are left to `make soak`.
+EACH_LEVEL = [
+    pytest.param(level, marks=[pytest.mark.soak] * (level in ("O1", "O3"))) for level in LEVELS
+]
+
 MOMENTS = "adam_m."  # the optimizer's first moments: parts of the gradients
 
 Run = tuple[Trainer, list[str]]
@@ -109,7 +114,7 @@ def assert_same_bits(one: Run, other: Run, step: int) -> None:
 # ---- beside float32
 
 
-@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("level", EACH_LEVEL[1:])
 def test_losses_are_those_of_float32(compiled: Runs, level: str) -> None:
     """Of six steps, within 2 %, and not the same: float16 did round."""
     full, half = compiled("O0"), compiled(level)
@@ -120,7 +125,7 @@ def test_losses_are_those_of_float32(compiled: Runs, level: str) -> None:
     assert second[-2:].mean() < 0.9 * second[:2].mean()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EACH_LEVEL)
 def test_the_lines_tell_of_the_scale_where_there_is_one(compiled: Runs, level: str) -> None:
     lines = metrics(compiled(level))
     assert ("loss_scale" in lines[0], "skipped" in lines[0]) == (is_half(level),) * 2
@@ -133,7 +138,7 @@ def test_the_lines_tell_of_the_scale_where_there_is_one(compiled: Runs, level: s
 # ---- laws
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EACH_LEVEL)
 def test_compiled_equals_eager(compiled: Runs, eager: Runs, level: str) -> None:
     """Law 7, within the rounding of the level: a step's losses and gradients."""
     runs = compiled(level), eager(level)
@@ -152,7 +157,7 @@ def test_compiled_equals_eager(compiled: Runs, eager: Runs, level: str) -> None:
         np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EACH_LEVEL)
 def test_an_installed_plugin_that_is_not_selected_changes_nothing(
     begun: str, eager: Runs, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

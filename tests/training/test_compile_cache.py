@@ -301,6 +301,7 @@ def test_a_second_process_finds_the_graphs(tmp_path: Path, graphs: Path) -> None
     assert results(tmp_path / "second") == run(tmp_path / "without", OTHER_NUMBERS, None)
 
 
+@pytest.mark.soak
 def test_another_network_or_context_compiles_anew(tmp_path: Path, graphs: Path) -> None:
     """And computes what it does without the folder; the next such run finds its graphs. What each
     of depth, context and adapters alone does to the digest is in test_identity.py."""
