@@ -36,25 +36,20 @@ def train(plugins: str, folder: Path, steps: int | None) -> float:
 def measure(folder: Path, steps: int, guidance_scale: float, seed: int) -> dict[str, object]:
     """How many of the images of the run in `folder` are drawn from their captions."""
     from sdxl_host.config.load import restore
-    from sdxl_host.data.dataset import Text2ImageDataset
+    from sdxl_host.data.dataset import make_dataset
     from sdxl_host.device import prepare_device
     from sdxl_host.randomness import Stream, generator
 
     prepare_device()
-    from omegaconf import OmegaConf
-
     from sdxl_host.sampling.grid import save_grid
     from sdxl_host.sampling.load import restore_sampler
-    from sdxl_host.settings.targets import build
 
-    config = restore(folder / "config.yaml")
-    node = OmegaConf.to_container(config.tree.data.dataset_config)
-    dataset: Text2ImageDataset = build(node, "dataset", "data.dataset_config")
+    dataset = make_dataset(restore(folder / "config.yaml").data)
     samples = [
         dataset.sample(index, generator(0, Stream.CROP, 0, index)) for index in range(len(dataset))
     ]
     images = np.stack([sample.pixels for sample in samples])
-    captions = [sample.caption for sample in samples]
+    captions = [variants[0] for _, variants in dataset.all_captions()]
     sampler, _ = restore_sampler(folder / "checkpoints" / "latest")
     drawn = sampler.draw(captions, steps, guidance_scale, seed)
     save_grid(folder / "learned.png", drawn, captions)
