@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mindspore import Tensor
+from PIL import Image
 from support import cache as small
 
 from sdxl_host.models.first_stage import AutoencoderKLInferenceWrapper
@@ -60,6 +62,32 @@ def test_law_a_run_from_the_cache_is_the_run_without_it(
     assert len(set(small.losses(run))) == 6
     for name in ("network", "frozen"):
         assert small.weights(run, name) == small.weights(plain, name)
+
+
+FLIPPED = (
+    "data.dataset_config.params.transforms=[{target: sdxl_host.Resize, params: {size: 16}}, "
+    "{target: sdxl_host.Rescaler}, {target: sdxl_host.RandomHorizontalFlip}, "
+    "{target: sdxl_host.AddOriginalImageSizeAsTupleAndCropToSquare}, "
+    "{target: sdxl_host.Transpose}]"
+)
+
+
+def test_law_thirty_steps_with_buckets_and_flips_are_the_same_from_the_cache(
+    images: Path, tmp_path: Path
+) -> None:
+    """Of images of two shapes."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    for index in (7, 8):
+        Image.new("RGB", (25, 24), (40 * index % 256, 90, 20)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a square, {index}")
+    given = ["--data_path", str(folder), "--buckets", "True", FLIPPED, "--total_step", "30"]
+    kept = ["--cache_path", str(tmp_path / "cache")]
+    plain = small.train(tmp_path / "plain", *given)
+    assert small.make(*given, *kept) == 0
+    run = small.train(tmp_path / "run", *small.READ, *given, *kept)
+    assert len(small.losses(run)) == 30
+    assert small.losses(run) == small.losses(plain)
+    assert small.weights(run, "network") == small.weights(plain, "network")
 
 
 def test_in_16_bits_losses_are_within_their_rounding(
