@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_host.commands.data_facts import data_facts
 from sdxl_host.commands.flags import Command
+from sdxl_host.commands.image_file import check_out, unwritable
 from sdxl_host.commands.printer import show
-from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.errors import ConfigError
 from sdxl_host.settings.options import option
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _data(flags: Flags, folder: str) -> int:
 
     if not folder.strip():
         raise ConfigError("DIR: is empty, as an unset variable is; give a folder of images")
-    _check_out(flags.out)
+    check_out(flags.out)
     dataset = Text2ImageDataset(flags.resolution, _transforms(flags.resolution), folder)
     look(dataset, flags.workers, 1.0, show)
     if flags.buckets:
@@ -137,7 +138,7 @@ def _draw(out: Path, dataset: Text2ImageDataset) -> None:
     try:
         save_grid(out, np.stack(images), texts)
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
 
 
 def _thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -152,19 +153,3 @@ def _thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
     square = Image.new("RGB", (side, side), "white")
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return np.asarray(square).transpose(2, 0, 1) / 127.5 - 1.0
-
-
-def _check_out(out: Path) -> None:
-    """Sees that the image can be written before every image is looked at."""
-    from sdxl_host.files.atomic import check_writable
-
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out}: must end with .png")
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-
-
-def _unwritable(out: Path, error: OSError) -> DataError:
-    return DataError(f"--out {out}: can't be written ({error.strerror}); give another place")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_host.commands.flags import Command
+from sdxl_host.commands.image_file import check_out, unwritable
 from sdxl_host.commands.printer import show
-from sdxl_host.errors import ConfigError, DataError
+from sdxl_host.errors import ConfigError
 from sdxl_host.settings.declarations import MAX_SEED
 from sdxl_host.settings.options import option
 
@@ -96,7 +97,7 @@ def _sample(flags: Flags, rest: list[str]) -> int:
     try:
         save_grid(flags.out, pixels, flags.prompt)
     except OSError as error:
-        raise _unwritable(flags.out, error) from error
+        raise unwritable(flags.out, error) from error
     show(("images", str(flags.out)))
     return 0
 
@@ -157,7 +158,7 @@ def _check(flags: Flags, rest: Sequence[str]) -> None:
             )
     for word in rest:
         _check_for_training(word)
-    _check_out(flags.out)
+    check_out(flags.out)
 
 
 def _check_for_training(word: str) -> None:
@@ -175,18 +176,6 @@ def _check_for_training(word: str) -> None:
             f"{word}: is a setting of training and has no effect here; sdxl-host sample --help "
             "lists what may be given"
         )
-
-
-def _check_out(out: Path) -> None:
-    """Sees that the image can be written before it is drawn."""
-    from sdxl_host.files.atomic import check_writable
-
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out}: must end with .png")
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
 
 
 def _cut_notes(flags: Flags, rest: Sequence[str]) -> list[tuple[str, str]]:
@@ -221,10 +210,6 @@ def _config(flags: Flags, rest: Sequence[str]) -> RunConfig:
     from sdxl_host.config.load import load_model
 
     return load_model(["--config", flags.config or _CONFIG, *rest, "--weight", flags.weight or ""])
-
-
-def _unwritable(out: Path, error: OSError) -> DataError:
-    return DataError(f"--out {out}: can't be written ({error.strerror}); give another place")
 
 
 def _sampler(

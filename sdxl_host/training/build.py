@@ -67,7 +67,7 @@ def make_trainer(
     """
     ranks = ranks or Ranks()
     if not ranks.is_main_process:
-        say = _show_nothing
+        say = summary.show_nothing
     settings, total = config.train, config.data.total_step
 
     # What is cheap to get wrong comes first.
@@ -280,7 +280,3 @@ def _make_grids(
         settings,
         nullcontext if ema is None else ema.swapped_in,
     )
-
-
-def _show_nothing(fact: summary.Fact) -> None:
-    """What ranks other than rank 0 do with their facts."""

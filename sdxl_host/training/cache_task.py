@@ -40,7 +40,7 @@ from sdxl_host.training.batches import crop_generator
 from sdxl_host.training.data_check import check_data
 from sdxl_host.training.distributed import Ranks
 from sdxl_host.training.signals import Interruption
-from sdxl_host.training.summary import Fact, plugin_rows
+from sdxl_host.training.summary import Fact, plugin_rows, show_nothing
 from sdxl_host.weights.frozen import ENCODERS, FIRST_STAGE, FrozenNetworks, build_frozen
 from sdxl_host.weights.networks import check_fit, size_step, weight_rows
 from sdxl_host.weights.open import open_weight_setting
@@ -59,7 +59,7 @@ def make_cache(config: RunConfig, say: Say, ranks: Ranks | None = None) -> int:
     """
     ranks = ranks or Ranks()
     if not ranks.is_main_process:
-        say = _show_nothing
+        say = show_nothing
     settings = config.train
     if settings.continues:
         raise ConfigError(
@@ -214,7 +214,3 @@ class _Work:
         of_rank = f" of rank 0 of {self._ranks.world_size}" * (self._ranks.world_size > 1)
         there = all_of_them - to_make
         self.facts.append((what, f"{to_make:,} to make{of_rank}, {there:,} are there"))
-
-
-def _show_nothing(fact: Fact) -> None:
-    """What ranks other than rank 0 do with their facts."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from sdxl_host.caching.progress import clock
 from sdxl_host.checkpoints.layout import checkpoint_folder
 from sdxl_host.checkpoints.write import Contents, remove_older, save_checkpoint
 from sdxl_host.errors import DataError, HostError
@@ -280,21 +281,12 @@ class Progress(Observer):
         left = (self._total - result.step) * self._batch / speed if later_calls else None
         tail = "compiled" if self._is_compiled else "eager"
         if left is not None:
-            tail = f"{speed:.1f} images/s, {_clock(left)} left"
+            tail = f"{speed:.1f} images/s, {clock(left)} left"
         self._say(
             f"step {result.step}/{self._total}  loss {np.mean(self._losses):.4f}  "
             f"lr {result.learning_rate:.2e}  {tail}"
         )
         self._losses.clear()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-        if minutes >= 60
-        else f"{minutes}:{rest:02d}"
-    )
 
 
 class Grids(Observer):

@@ -43,6 +43,7 @@ __all__ = [
     "plugin_rows",
     "record",
     "samples_of",
+    "show_nothing",
     "start_facts",
 ]
 
@@ -269,3 +270,7 @@ def end_facts(run: Run, seconds: float, checkpoint: Path | None, images: Path | 
         flag = "--resume" if run.config.train.save_optimizer else "--weight"
         facts.append(("to go on", f"sdxl-host train ... {flag} {checkpoint}"))
     return facts
+
+
+def show_nothing(fact: Fact) -> None:
+    """What ranks other than rank 0 do with their facts."""
