@@ -10,6 +10,7 @@ network, or None) and `keeps_float32` (whether it does at every precision level)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,14 +26,16 @@ __all__ = ["AutoencoderKLInferenceWrapper", "IdentityFirstStage"]
 _LOG_VARIANCE = (-30.0, 20.0)
 
 
-class _FirstStage:
+class _FirstStage(ABC):
     """What every first stage has."""
 
+    @abstractmethod
     def moments(self, pixels: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """What the network makes of pixels, before anything is sampled."""
 
+    @abstractmethod
     def latents(self, moments: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        raise NotImplementedError
+        """Latents of what `moments` gave, sampled with unit noise where the stage samples."""
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
         """pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w), as `latents` says."""
